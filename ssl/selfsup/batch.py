@@ -1,0 +1,52 @@
+"""What travels from the loader to an objective."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ImageBatch(NamedTuple):
+    """A micro-batch of single-view images.
+
+    `(seed, epoch, position)` key every random number drawn for a sample (see `keyed.py`), so masks
+    can be drawn on the device. A NamedTuple, because loader workers, pinned memory and DDP all
+    know how to carry one.
+    """
+
+    images: Tensor
+    """(b, c, h, w): uint8 as the loader yields them, float32 normalised after `to`."""
+    seed: int
+    epoch: Tensor
+    """(b,) int64."""
+    position: Tensor
+    """(b,) int64: place in the epoch's order."""
+    index: Tensor
+    """(b,) int64: row of the sample in the shard index; -1 where there is no index."""
+
+    @property
+    def targets(self) -> int:
+        """The number of loss terms: one per image."""
+        return len(self.images)
+
+    def to(self, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> "ImageBatch":
+        """Moves to the device, then scales uint8 images to (x / 255 - mean) / std in float32."""
+        images = normalise(self.images.to(device, non_blocking=True), mean, std)
+        epoch = self.epoch.to(device, non_blocking=True)
+        position = self.position.to(device, non_blocking=True)
+        return self._replace(images=images, epoch=epoch, position=position)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(b, c, h, w) uint8 -> torch's default float type, (x / 255 - mean) / std per channel.
+
+    Raises ValueError where mean or std do not have one value per channel.
+    """
+    if not len(mean) == len(std) == images.shape[1]:
+        raise ValueError(
+            f"data.mean, data.std: expected {images.shape[1]} values, one per channel, "
+            f"got {len(mean)} and {len(std)}"
+        )
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(-1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=images.device).view(-1, 1, 1)
+    return torch.addcmul(shift, images.to(scale.dtype), scale)

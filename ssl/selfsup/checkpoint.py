@@ -1,0 +1,227 @@
+"""Crash-safe checkpoints without pickle: safetensors, JSON, a manifest of SHA-256.
+
+A checkpoint is a folder `checkpoints/step-00001000` that appears by a rename, complete or not at
+all: written to `.tmp-…`, every file fsynced, then the manifest, then the rename, then the parent's
+fsync; only then are older ones removed. Loading verifies the manifest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from selfsup.config import dump_yaml, read_yaml, validate
+from selfsup.encoders.vit import ViT
+from selfsup.recipe import Recipe
+
+
+class TrainState(NamedTuple):
+    """All that a run is, between two steps."""
+
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    recipe: Recipe
+    step: int
+    """Optimizer steps done."""
+    samples: int
+    """Samples consumed: the cursor of the data order."""
+    facts: dict[str, Any]
+    """Index fingerprint, order version, git revision, library versions: JSON values."""
+
+
+def save_checkpoint(run_dir: Path, state: TrainState) -> Path:
+    """Writes `checkpoints/step-N` durably, then removes old ones beyond `run.keep_checkpoints`.
+
+    Raises ValueError where it cannot be written; earlier checkpoints are untouched then.
+    """
+    folder = run_dir / "checkpoints"
+    final, tmp = folder / f"step-{state.step:08d}", folder / f".tmp-{state.step:08d}"
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        _write(tmp, state)
+        if final.exists():  # only a damaged one can be here: a run resumes from the newest good one
+            shutil.rmtree(final)
+        os.rename(tmp, final)
+        fsync_path(folder)
+    except OSError as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise ValueError(
+            f"{final}: checkpoint NOT saved: {error.strerror or error}; earlier checkpoints are intact"
+        ) from error
+    for old in _steps(folder)[: -state.recipe.run.keep_checkpoints]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(tmp: Path, state: TrainState) -> None:
+    """All files of a checkpoint, fsynced; the manifest last."""
+    save_file({k: v.contiguous() for k, v in state.objective.state_dict().items()}, tmp / "objective.safetensors")
+    tensors, groups = optimizer_to_names(state.optimizer)
+    save_file(tensors, tmp / "optimizer.safetensors")
+    (tmp / "config.yaml").write_text(dump_yaml(state.recipe))
+    content = {
+        "step": state.step,
+        "samples": state.samples,
+        "optimizer": groups,
+        "scaler": state.scaler.state_dict() if state.scaler is not None else None,
+        **state.facts,
+    }
+    (tmp / "state.json").write_text(json.dumps(content, indent=1))
+    manifest = {}
+    for path in sorted(tmp.iterdir()):
+        fsync_path(path)
+        manifest[path.name] = _sha256(path)
+    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    fsync_path(tmp / "manifest.json")
+    fsync_path(tmp)
+
+
+def optimizer_to_names(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state as tensors keyed `exp_avg:encoder.norm.weight`, and its groups as JSON."""
+    content = optimizer.state_dict()
+    names = {
+        i: name
+        for group in content["param_groups"]
+        for i, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    tensors = {
+        f"{key}:{names[i]}": value.contiguous()
+        for i, entries in content["state"].items()
+        for key, value in entries.items()
+    }
+    return tensors, [{k: v for k, v in group.items() if k != "params"} for group in content["param_groups"]]
+
+
+def optimizer_from_names(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
+    """Undoes `optimizer_to_names`. Raises ValueError where the parameter names differ."""
+    content = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    ours = [group["param_names"] for group in content["param_groups"]]
+    theirs = [group["param_names"] for group in groups]
+    if ours != theirs:
+        raise ValueError("optimizer state: its parameter names are not those of this model")
+    index = {
+        name: i
+        for group in content["param_groups"]
+        for i, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    for key, value in tensors.items():
+        field, name = key.split(":", 1)
+        state.setdefault(index[name], {})[field] = value
+    merged = [{**new, "params": old["params"]} for old, new in zip(content["param_groups"], groups, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def restore(checkpoint: Path, state: TrainState) -> TrainState:
+    """Loads weights, optimizer and scaler in place; returns the state with its counters and facts."""
+    state.objective.load_state_dict(load_file(checkpoint / "objective.safetensors"))
+    content = json.loads((checkpoint / "state.json").read_text())
+    optimizer_from_names(
+        state.optimizer, load_file(checkpoint / "optimizer.safetensors"), content.pop("optimizer")
+    )
+    scaler = content.pop("scaler")
+    if state.scaler is not None and scaler is not None:
+        state.scaler.load_state_dict(scaler)
+    return state._replace(step=content.pop("step"), samples=content.pop("samples"), facts=content)
+
+
+def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint of a run folder (or `source` itself, if it is one).
+
+    Returns it with one line for every newer one that is damaged. Raises ValueError where none is whole.
+    """
+    if (source / "manifest.json").exists():
+        faults = _damage(source)
+        if faults:
+            raise ValueError(f"{source}: damaged checkpoint: {faults}")
+        return source, []
+    passed_over = []
+    for checkpoint in reversed(_steps(source / "checkpoints")):
+        faults = _damage(checkpoint)
+        if not faults:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint}: damaged checkpoint passed over: {faults}")
+    raise ValueError("\n".join([f"{source}: no whole checkpoint in this folder", *passed_over]))
+
+
+def read_recipe(checkpoint: Path) -> Recipe:
+    """The recipe a checkpoint was made with."""
+    return validate(Recipe, read_yaml(checkpoint / "config.yaml"))
+
+
+def load_encoder(source: Path) -> tuple[ViT, Recipe]:
+    """The pretrained encoder of a run folder or checkpoint, in eval mode, and its recipe."""
+    checkpoint, _ = find_checkpoint(source)
+    recipe = read_recipe(checkpoint)
+    encoder = recipe.encoder.build()
+    weights = load_file(checkpoint / "objective.safetensors")
+    prefix = "encoder."
+    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    return encoder.eval(), recipe
+
+
+def init_from(source: Path, objective: nn.Module, recipe: Recipe) -> str:
+    """Loads weights only, for a new run; returns a sentence saying what was taken.
+
+    The whole objective where the saved one has the same name, else its encoder.
+    Raises ValueError where shapes or names do not fit.
+    """
+    checkpoint, _ = find_checkpoint(source)
+    saved = read_recipe(checkpoint)
+    weights = load_file(checkpoint / "objective.safetensors")
+    whole = saved.objective.name == recipe.objective.name
+    if not whole:
+        weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
+    target = {k: v for k, v in objective.state_dict().items() if whole or k.startswith("encoder.")}
+    unlike = [k for k in sorted({*weights, *target}) if _shape(weights, k) != _shape(target, k)]
+    if unlike:
+        k = unlike[0]
+        raise ValueError(
+            f"--init-from {source}: {len(unlike)} tensors do not fit this recipe, first {k}: "
+            f"expected {_shape(target, k)}, got {_shape(weights, k)}; compare its config.yaml"
+        )
+    objective.load_state_dict(weights, strict=whole)
+    part = "all weights" if whole else "the encoder's weights"
+    return f"initialised {part} from {checkpoint}"
+
+
+def _shape(tensors: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(tensors[key].shape) if key in tensors else None
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or an empty string."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        wrong = [name for name, digest in manifest.items() if _sha256(checkpoint / name) != digest]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"SHA-256 differs from the manifest: {', '.join(wrong)}" if wrong else ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

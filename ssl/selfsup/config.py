@@ -1,0 +1,201 @@
+"""Configuration: frozen pydantic sections, a strict YAML reader, overrides, errors a person can use.
+
+YAML chooses, the command line adjusts. Both are merged into one plain dict and validated once, so
+that a fault reads the same wherever it was written: one line with the key, what was expected and
+what came.
+"""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys refused, values frozen, attribute docstrings kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"line {node.start_mark.line + 1}: key given twice: {', '.join(twice)}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ValueError naming the file for anything else."""
+    try:
+        content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)  # a SafeLoader
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the config: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of sections, got {type(content).__name__}")
+    return content
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`--objective.mask-ratio 0.6 --run.compile` as a nested dict; values are YAML scalars.
+
+    Several values after one key make a list; none makes `true`. Raises ValueError for a value
+    without a key.
+    """
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        head = rest.pop(0)
+        if not head.startswith("--") or head == "--":
+            raise ValueError(f"expected an option like --optim.steps 100, got {head!r}")
+        key, equals, attached = head[2:].partition("=")
+        values = [attached] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        try:
+            parsed = [yaml.safe_load(value) for value in values]
+        except yaml.YAMLError:
+            parsed = list(values)
+        *parents, leaf = key.replace("-", "_").split(".")
+        section = overrides
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ValueError(f"--{key}: {parent} was given a value and a key below it")
+        section[leaf] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+    return overrides
+
+
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `overrides` laid over it, section by section; neither is changed."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def validate(section: type[SectionT], content: dict[str, Any]) -> SectionT:
+    """The validated section. Raises ValueError, one line a fault, with the full key."""
+    try:
+        return section.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(section, content, fault) for fault in error.errors()]
+    raise ValueError("\n".join(lines))
+
+
+def dump_yaml(section: Section) -> str:
+    """The resolved configuration, defaults included, as YAML that `validate` reads back."""
+    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
+
+
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "literal_error": "one of {expected}",
+    "union_tag_invalid": "name to be one of {expected_tags}",
+    "union_tag_not_found": "a section with a name",
+}
+
+
+def _explain(section: type[Section], content: dict[str, Any], fault: Any) -> str:
+    """One pydantic fault as `key: expected ..., got ...`, with the nearest valid name for a typo."""
+    tags = _union_tags(section)
+    location = [part for i, part in enumerate(fault["loc"]) if not (i == 1 and part in tags)]
+    key = ".".join(str(part) for part in location)
+    kind, context = fault["type"], fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        near = _nearest(section, content, key)
+        return f"{key}: unknown key" + (f"; perhaps you meant {near}" if near else "")
+    if kind == "missing":
+        return f"{key}: expected a value, got none; set it in the YAML or with --{key.replace('_', '-')}"
+    if kind == "value_error":
+        return f"{key}: {context['error']}" if key else str(context["error"])
+    if kind in _BOUNDS:
+        expected = _range(section, content, location)
+    else:
+        expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else fault["msg"].lower()
+    return f"{key}: expected {expected}, got {fault['input']!r}"
+
+
+def _range(section: type[Section], content: dict[str, Any], location: list[Any]) -> str:
+    """All bounds of a field, as `0 < x < 1`; pydantic names only the one that was broken."""
+    constraints: list[Any] = []
+    annotation: Any = section
+    for part in location:
+        members = _members(annotation)
+        if isinstance(part, int) or not members:  # an entry of a tuple
+            constraints = _constraints(typing.get_args(annotation)[part])
+            continue
+        chosen = (content.get("name") if isinstance(content, dict) else None) or None
+        named = [m for m in members if "name" in m.model_fields and m.model_fields["name"].default == chosen]
+        field = (named or members)[0].model_fields[part]
+        annotation, constraints = field.annotation, field.metadata + _constraints(field.annotation)
+        content = content.get(part, {}) if isinstance(content, dict) else {}
+    bounds = {key: getattr(c, key) for c in constraints for key in ("gt", "ge", "lt", "le") if hasattr(c, key)}
+    low = f"{bounds['gt']} < " if "gt" in bounds else f"{bounds['ge']} <= " if "ge" in bounds else ""
+    high = f" < {bounds['lt']}" if "lt" in bounds else f" <= {bounds['le']}" if "le" in bounds else ""
+    return f"{low}x{high}"
+
+
+def _constraints(annotation: Any) -> list[Any]:
+    """The bounds written inside an annotation: `Annotated[float, Field(ge=0)]`, also under `| None`."""
+    found: list[Any] = []
+    if typing.get_origin(annotation) is typing.Annotated:
+        for extra in typing.get_args(annotation)[1:]:
+            found += getattr(extra, "metadata", [extra])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for part in typing.get_args(annotation):
+            found += _constraints(part)
+    return found
+
+
+def _union_tags(section: type[Section]) -> set[str]:
+    """The names of all members of the section's unions: pydantic puts them into its locations."""
+    members = [m for field in section.model_fields.values() for m in _members(field.annotation)]
+    return {m.model_fields["name"].default for m in members if "name" in m.model_fields}
+
+
+def _members(annotation: Any) -> list[type[Section]]:
+    """The Section classes in an annotation, unions opened."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [m for part in typing.get_args(annotation) for m in _members(part)]
+    return []
+
+
+def _nearest(section: type[Section], content: dict[str, Any], key: str) -> str | None:
+    """The valid key closest to a mistyped one: same section first, then anywhere."""
+    valid = []
+    for name, field in section.model_fields.items():
+        members = _members(field.annotation)
+        chosen = (content.get(name) or {}).get("name") if isinstance(content.get(name), dict) else None
+        picked = [m for m in members if m.model_fields.get("name") and m.model_fields["name"].default == chosen]
+        valid.append(name)
+        valid += [f"{name}.{inner}" for m in picked or members for inner in m.model_fields]
+    by_leaf = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    if by_leaf:
+        return by_leaf[0]
+    leaf = key.rsplit(".", 1)[-1]
+    return next((name for name in valid if name.rsplit(".", 1)[-1] == leaf), None)

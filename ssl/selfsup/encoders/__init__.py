@@ -1,0 +1,1 @@
+"""Encoders: what is pretrained, exported and probed."""

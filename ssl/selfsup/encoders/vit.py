@@ -1,0 +1,160 @@
+"""The vision transformer (Dosovitskiy et al. 2021), pre-norm, with timm's state-dict names.
+
+A state dict saved here loads in timm's VisionTransformer unchanged, and the other way round.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from selfsup.attention.dispatch import AttentionName
+from selfsup.config import Section
+from selfsup.layers.block import LAYER_NORM_EPS, Block
+from selfsup.layers.patch_embed import PatchEmbed, sincos_2d
+
+
+class ViTConfig(Section):
+    """A vision transformer. embed_dim/depth/num_heads: tiny 192/12/3, small 384/12/6,
+    base 768/12/12, large 1024/24/16, huge 1280/32/16."""
+
+    name: Literal["vit"] = "vit"
+    img_size: Annotated[int, Field(ge=1)] = 224
+    """Side of the square input in pixels."""
+    patch_size: Annotated[int, Field(ge=1)] = 16
+    """Side of a square patch in pixels; divides img_size."""
+    in_chans: Literal[1, 3] = 3
+    """1: images are read as grey; 3: as RGB."""
+    embed_dim: Annotated[int, Field(ge=4)] = 192
+    """Width of a token."""
+    depth: Annotated[int, Field(ge=1)] = 12
+    """Number of blocks."""
+    num_heads: Annotated[int, Field(ge=1)] = 3
+    """Attention heads; divides embed_dim."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of the MLP over embed_dim."""
+    qkv_bias: bool = True
+    """Bias in the fused query, key, value projection."""
+    class_token: bool = True
+    """Prepend a learned class token."""
+    pos_embed: Literal["sincos", "learned"] = "sincos"
+    """Fixed 2-D sine-cosine positions (MAE's layout), or learned ones."""
+    pool: Literal["cls", "mean"] = "cls"
+    """What a feature is: the class token, or the mean over patch tokens; both after the last norm."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth at the last block; rises linearly from 0 at the first."""
+    attention: AttentionName = "reference"
+    """Attention kernel: our own (reference), torch's fused one (torch), or by device (auto)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ViTConfig":
+        if self.img_size % self.patch_size:
+            raise ValueError(f"patch_size: expected a divisor of img_size {self.img_size}, got {self.patch_size}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}")
+        if self.pos_embed == "sincos" and self.embed_dim % 4:
+            raise ValueError(f"embed_dim: sincos positions need a multiple of 4, got {self.embed_dim}")
+        if self.pool == "cls" and not self.class_token:
+            raise ValueError("pool: cls needs class_token: true; or choose pool: mean")
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens per image."""
+        return (self.img_size // self.patch_size) ** 2
+
+    def build(self) -> "ViT":
+        """The module, freshly initialised from torch's global generator."""
+        return ViT(self)
+
+
+class ViT(nn.Module):
+    """Vision transformer without a head; `forward` gives one feature per image."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        dim, prefix = config.embed_dim, int(config.class_token)
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        learned = config.pos_embed == "learned"
+        positions = torch.zeros(1, prefix + config.num_patches, dim)
+        self.pos_embed = nn.Parameter(positions, requires_grad=learned)
+        drops = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, config.mlp_ratio, config.qkv_bias, drop, config.attention)
+            for drop in drops
+        )
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """MAE's initialisation (`models_mae.py`, initialize_weights)."""
+        init_linear_layers(self)
+        # The convolution as the linear layer it is: xavier over (embed_dim, c*p*p).
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+        if self.config.pos_embed == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
+        else:
+            grid = self.config.img_size // self.config.patch_size
+            self.pos_embed[:, self.num_prefix_tokens :] = sincos_2d(self.config.embed_dim, grid)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: 1 with a class token, else 0."""
+        return 0 if self.cls_token is None else 1
+
+    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Patch tokens with their positions, no class token. Raises ValueError for another image size."""
+        size = self.config.img_size
+        if images.shape[-2:] != (size, size):
+            raise ValueError(f"images: expected {size}x{size} pixels, got {tuple(images.shape[-2:])}")
+        return self.patch_embed(images) + self.pos_embed[:, self.num_prefix_tokens :]
+
+    def encode(self, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """All blocks and the last norm over any subset of embedded patches; class token first."""
+        return self.norm(self.intermediates(patches)[-1])
+
+    def intermediates(self, patches: Float[Tensor, "b n d"]) -> list[Float[Tensor, "b m d"]]:
+        """The output of every block, before the last norm; class token first."""
+        x = patches
+        if self.cls_token is not None:
+            cls = self.cls_token + self.pos_embed[:, :1]
+            x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return outputs
+
+    def forward_features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:
+        """All tokens after the last norm (timm's `forward_features`)."""
+        return self.encode(self.embed(images))
+
+    def pool(self, tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b d"]:
+        """One feature per image out of normed tokens, as `config.pool` says."""
+        return tokens[:, 0] if self.config.pool == "cls" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        return self.pool(self.forward_features(images))
+
+
+def init_linear_layers(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every Linear, ones and zeros for every LayerNorm.
+
+    A fused qkv counts as one (3d x d) matrix, as in MAE (MoCo-v3 initialises the three apart).
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)

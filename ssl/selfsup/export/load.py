@@ -1,0 +1,289 @@
+"""One doorway to frozen encoders: our runs, timm's and Hugging Face's models, by folder or name.
+
+Weights are read from safetensors only, and code from a model repository is never run.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selfsup.checkpoint import find_checkpoint, load_encoder
+from selfsup.encoders.vit import ViT
+from selfsup.export.card import POOLING
+from selfsup.recipe import Recipe
+
+ACCEPTED = (
+    "a run folder or checkpoint of selfsup, a timm-format folder (config.json with architecture), a Hugging "
+    "Face folder (config.json with model_type), timm:NAME or a timm model name, hf:NAME"
+)
+
+
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """A pretrained encoder in eval mode, without gradients, and how to feed it."""
+
+    name: str
+    """Where it came from, as asked for."""
+    module: nn.Module
+    img_size: int
+    """Side of the square input in pixels."""
+    in_chans: int
+    mean: tuple[float, ...]
+    """Of pixels in [0, 1], one per channel."""
+    std: tuple[float, ...]
+    describe: str
+    """Architecture and what a feature is, one sentence."""
+    pooled: Callable[[Tensor], Tensor]
+    """Normalised images -> features, calling `module`."""
+    recipe: Recipe | None = None
+    """Of our own checkpoints."""
+    checkpoint: Path | None = None
+    """The folder loaded, of our own checkpoints."""
+    notes: tuple[str, ...] = ()
+    """Damaged checkpoints that were passed over, a sentence each."""
+
+    @torch.inference_mode()
+    def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        """One feature per image; images normalised by `mean` and `std`, on the module's device."""
+        return self.pooled(images)
+
+    def to(self, device: torch.device) -> "FrozenEncoder":
+        """Moves the module in place; returns self."""
+        self.module.to(device)
+        return self
+
+
+class _Input(NamedTuple):
+    img_size: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_frozen(source: str) -> FrozenEncoder:
+    """The encoder that `source` names.
+
+    source: see ACCEPTED. A folder wins over a name. Names without a folder are fetched by timm or
+    transformers from the Hugging Face Hub, or taken from their cache.
+    Raises ValueError for anything else, for weights that are not safetensors, for missing weights,
+    and with the library's message where it cannot load (no network, no such name).
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return _from_folder(source, folder)
+    kind, colon, name = source.partition(":")
+    if colon and kind == "timm" and name:
+        return _from_timm_hub(source, name)
+    if colon and kind == "hf" and name:
+        return _from_transformers(source, name)
+    if not colon and source and not set(source) & set("/\\") and _is_timm_name(source):
+        return _from_timm_hub(source, source)
+    raise ValueError(f"{source!r}: no such folder, and no known model name; expected {ACCEPTED}")
+
+
+def _from_folder(source: str, folder: Path) -> FrozenEncoder:
+    if (folder / "manifest.json").exists() or (folder / "checkpoints").is_dir():
+        return _from_run(source, folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError:
+        raise ValueError(f"{source}: neither a checkpoint nor a config.json in this folder; expected {ACCEPTED}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: config.json is not JSON: {error}") from None
+    if not isinstance(config, dict) or not {"model_type", "architecture"} & set(config):
+        raise ValueError(f"{source}: config.json has neither model_type nor architecture; expected {ACCEPTED}")
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if not any((folder / name).exists() for name in names):
+        raise ValueError(f"{source}: no model.safetensors in this folder; selfsup reads no pickled weights")
+    if "model_type" in config:
+        return _from_transformers(source, str(folder))
+    return _from_timm(source, f"local-dir:{folder}", None)
+
+
+def _from_run(source: str, folder: Path) -> FrozenEncoder:
+    checkpoint, notes = find_checkpoint(folder)
+    encoder, recipe = load_encoder(checkpoint)
+    return replace(from_vit(encoder, recipe, source), checkpoint=checkpoint, notes=tuple(notes))
+
+
+def from_vit(encoder: ViT, recipe: Recipe, name: str) -> FrozenEncoder:
+    """Our own encoder, frozen in place, fed as its recipe says."""
+    config = recipe.encoder
+    return FrozenEncoder(
+        name=name,
+        module=_freeze(encoder),
+        img_size=config.img_size,
+        in_chans=config.in_chans,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        describe=f"{config.name} {config.embed_dim}/{config.depth}/{config.num_heads}, {POOLING[config.pool]}",
+        pooled=encoder,
+        recipe=recipe,
+    )
+
+
+def _freeze(module: nn.Module) -> nn.Module:
+    return module.eval().requires_grad_(False)
+
+
+def _is_timm_name(name: str) -> bool:
+    import timm
+
+    return timm.is_model(name)  # with or without a tag
+
+
+def _from_timm_hub(source: str, name: str) -> FrozenEncoder:
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"{source}: timm {timm.__version__} has no model {name!r}; see timm.list_models()")
+    config = timm.get_pretrained_cfg(name)
+    filename = (config and config.hf_hub_filename) or "model.safetensors"
+    if config is None or not config.hf_hub_id or not filename.endswith(".safetensors"):
+        raise ValueError(f"{source}: timm knows no safetensors weights for it; selfsup reads no pickled ones")
+    # A file name pins the format: without one timm falls back to a pickle in silence.
+    return _from_timm(source, name, {"hf_hub_filename": filename})
+
+
+def _from_timm(source: str, name: str, overlay: dict[str, Any] | None) -> FrozenEncoder:
+    """name: as timm.create_model takes it."""
+    import timm
+
+    # Created with the head it was saved with, because timm loads strictly only then: asked for
+    # num_classes=0 it would drop a norm that does not fit, and only warn. The head goes after.
+    module = _or_one_line(source, lambda: timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay))
+    module.reset_classifier(0)
+    data = timm.data.resolve_model_data_config(module)
+    in_chans, height, width = data["input_size"]
+    if height != width:
+        raise ValueError(f"{source}: expected a square input, got {height}x{width}")
+    pool = getattr(module, "global_pool", None)
+    pool = f"pooling {pool!r}" if isinstance(pool, str) else "its own pooling"
+    return FrozenEncoder(
+        name=source,
+        module=_freeze(module),
+        img_size=height,
+        in_chans=in_chans,
+        mean=tuple(map(float, data["mean"])),
+        std=tuple(map(float, data["std"])),
+        describe=f"timm {module.pretrained_cfg.get('architecture') or name}, {pool} of timm",
+        pooled=module,
+    )
+
+
+def _from_transformers(source: str, name: str) -> FrozenEncoder:
+    """name: folder or Hub name, as transformers takes it."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{source}: {error}; install it with pip install "selfsup[hf]"') from None
+    with quiet_transformers():
+        module, info = _or_one_line(
+            source,
+            lambda: transformers.AutoModel.from_pretrained(
+                name, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            ),
+        )
+        processor = _or_one_line(
+            source, lambda: transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        )
+    # A checkpoint without a pooler gets a random one, which we do not use.
+    missing = sorted(key for key in map(str, info["missing_keys"]) if "pooler" not in key)
+    wrong = missing + sorted(map(str, info["mismatched_keys"]))
+    if wrong:
+        raise ValueError(f"{source}: transformers finds {len(wrong)} weights missing or misfit, first {wrong[0]}")
+    kind = module.config.model_type
+    pooled, pooling = _transformers_pooling(module, kind)
+    image = _transformers_input(source, module.config, processor)
+    return FrozenEncoder(
+        source, _freeze(module), *image, describe=f"transformers {kind}, {pooling}", pooled=pooled
+    )
+
+
+def _transformers_pooling(module: Any, kind: str) -> tuple[Callable[[Tensor], Tensor], str]:
+    """The feature of a transformers model and its name.
+
+    timm's models pool themselves. Elsewhere `pooler_output` is often a layer trained for another
+    task, or a random one, so tokens after the last norm are pooled here: the class token where
+    there is one, else their mean. Convolutional maps (b, d, h, w) are averaged over positions.
+    """
+    if kind == "timm_wrapper":
+        return lambda images: module(images).pooler_output, "timm's pooling"
+    if kind == "vit_mae":
+        return lambda images: _unmasked_class_token(module, images), "class token of last_hidden_state, no mask"
+    if any(name.endswith("cls_token") for name, _ in module.named_parameters()):
+        return lambda images: module(images).last_hidden_state[:, 0], "class token of last_hidden_state"
+
+    def mean(images: Tensor) -> Tensor:
+        tokens = module(images).last_hidden_state
+        return tokens.mean(dim=1) if tokens.ndim == 3 else tokens.mean(dim=(2, 3))
+
+    return mean, "mean of last_hidden_state over positions"
+
+
+def _unmasked_class_token(module: Any, images: Tensor) -> Tensor:
+    """transformers' ViTMAEModel hides and shuffles patches at random in eval mode too; not here."""
+    module.config.mask_ratio = 0.0
+    patches = module.embeddings.patch_embeddings.num_patches
+    order = torch.arange(patches, dtype=torch.float32, device=images.device).expand(len(images), -1)
+    return module(images, noise=order).last_hidden_state[:, 0]
+
+
+def _transformers_input(source: str, config: Any, processor: Any) -> _Input:
+    """Image size, channels and normalisation. Raises ValueError where the model does not say."""
+    data = getattr(processor, "data_config", None)  # timm's models
+    if data is not None:
+        in_chans, height, width = data["input_size"]
+        mean, std = data["mean"], data["std"]
+    else:
+        in_chans = getattr(config, "num_channels", 3)
+        size = getattr(config, "image_size", None) or _processor_size(processor)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        if getattr(processor, "do_rescale", True) and abs(getattr(processor, "rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+            raise ValueError(f"{source}: expected pixels scaled by 1/255, it asks for {processor.rescale_factor}")
+        normalises = getattr(processor, "do_normalize", False)
+        mean = processor.image_mean if normalises else [0.0] * in_chans
+        std = processor.image_std if normalises else [1.0] * in_chans
+    if height is None or height != width:
+        raise ValueError(f"{source}: expected a model with a square input size, got {height} x {width}")
+    return _Input(int(height), int(in_chans), tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def _processor_size(processor: Any) -> tuple[int | None, int | None]:
+    """(height, width) of what an image processor puts out: its crop, else its size."""
+    crops = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
+    size = dict(crops or getattr(processor, "size", None) or {})
+    edge = size.get("shortest_edge")
+    return size.get("height") or edge, size.get("width") or edge
+
+
+def _or_one_line(source: str, load: Callable[[], Any]) -> Any:
+    """`load()`, with whatever the library raises (no network, no such name, misfit) as one line."""
+    try:
+        return load()
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{source}: cannot load it: {message}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar or advice from transformers inside; its settings are put back."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

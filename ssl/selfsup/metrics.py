@@ -1,0 +1,100 @@
+"""Numbers of a run: metrics.jsonl (full precision), TensorBoard, and one progress line."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Writes a run's metrics from one rank. A resumed run drops what lies beyond its checkpoint."""
+
+    def __init__(self, run_dir: Path, start_step: int, steps: int):
+        path = run_dir / "metrics.jsonl"
+        kept = _lines_up_to(path, start_step)
+        path.write_text("".join(kept))
+        self._file = path.open("a")
+        self._board = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1 if start_step else None)
+        # On a terminal a bar with rate and remaining time; elsewhere (disable=None) the plain lines below.
+        self._bar = tqdm(total=steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One step done."""
+        self._bar.update()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line. `values` hold plain Python numbers; a value that is not known is left out by the caller."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
+        if self._bar.disable:
+            print(f"{time.strftime('%H:%M:%S')}  step {step}/{self._bar.total}  {shown}", flush=True)
+        else:
+            self._bar.set_postfix_str(shown)
+
+    def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
+        """Pictures (3, h, w) in [0, 1] into TensorBoard."""
+        for name, picture in pictures.items():
+            self._board.add_image(name, picture, step)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+
+_SHOWN = ("loss", "lr", "images_per_s", "data_wait", "mfu")
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """The whole lines of an earlier run up to and including `step`; a torn last line is dropped."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if json.loads(line)["step"] <= step]
+
+
+class StepClock:
+    """Splits wall time between waiting for data and everything else."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def waited(self, seconds: float) -> None:
+        """Adds time spent waiting for the loader."""
+        self._waited += seconds
+
+    def step(self) -> None:
+        """One step done."""
+        self._steps += 1
+
+    def read(self, samples_per_step: int, flops_per_sample: float, peak: float | None) -> dict[str, float]:
+        """images_per_s, data_wait (share of wall time), and mfu where `peak` (FLOP/s, all devices) is known.
+
+        Covers the time since the last call, then starts anew.
+        """
+        elapsed = time.perf_counter() - self._start
+        rate = self._steps * samples_per_step / elapsed
+        values = {"images_per_s": rate, "data_wait": self._waited / elapsed}
+        if peak is not None:
+            values["mfu"] = rate * flops_per_sample / peak
+        self.__init__()
+        return values
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Raises ValueError for a NaN or infinite loss: such a run is over, and must not be saved."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"loss is {loss} at step {step}: stopped without saving; the last checkpoint is intact. "
+            f"Lower optim.base_lr, set optim.clip_grad_norm, or use precision.mixed: bf16"
+        )

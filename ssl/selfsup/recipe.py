@@ -1,0 +1,91 @@
+"""The root configuration: everything about a run, in six sections."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from selfsup.config import Section, merge, parse_overrides, read_yaml, validate
+from selfsup.data.images import ImageData
+from selfsup.encoders.vit import ViTConfig
+from selfsup.objectives import ObjectiveConfig
+from selfsup.optim import OptimConfig
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    mixed: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type of matrix products; weights and optimizer stay in fp32. fp16 needs CUDA."""
+    float32_matmul: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; medium is ~2.4x faster in fp32 on a CPU with AMX."""
+
+
+class RunConfig(Section):
+    """Where and how to run: nothing here changes the result."""
+
+    dir: str
+    """The run folder: config, metrics, checkpoints, exports."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Samples per forward pass and process; none: the whole share of a process at once."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes per training process; 0 loads in the training process."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Torch threads per process; none: torch's own choice. A busy machine wants 1."""
+    compile: bool = False
+    """torch.compile the objective."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between lines in metrics.jsonl and TensorBoard."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1000
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept."""
+    picture_every: Annotated[int, Field(ge=0)] = 1000
+    """Steps between pictures in TensorBoard; 0: none."""
+    expect_processes: Annotated[int, Field(ge=1)] | None = None
+    """Refuse to train on another number of processes."""
+
+
+class Recipe(Section):
+    """A pretraining run. Only `run` may differ between two runs with the same result."""
+
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    encoder: ViTConfig = Field(default_factory=ViTConfig)
+    data: ImageData
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Keys the order of the data, every random number on it, and the initial weights."""
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        self.objective.check(self.encoder)
+        for name, values in (("mean", self.data.mean), ("std", self.data.std)):
+            if len(values) != self.encoder.in_chans:
+                raise ValueError(
+                    f"data.{name}: expected {self.encoder.in_chans} values, one per encoder.in_chans, "
+                    f"got {len(values)}"
+                )
+        return self
+
+
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """The recipe in a YAML file, adjusted by command-line overrides. Raises ValueError, a line a fault."""
+    return validate(Recipe, merge(read_yaml(path), parse_overrides(overrides)))
+
+
+def with_run(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with changes to its `run` section only: what a resumed run may change.
+
+    Raises ValueError for any other key.
+    """
+    others = sorted(set(changes) - {"run"})
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: a resumed run keeps its recipe; only --run.* may change. "
+            f"For a new run from these weights use --init-from"
+        )
+    return validate(Recipe, merge(recipe.model_dump(mode="json"), changes))

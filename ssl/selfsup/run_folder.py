@@ -1,0 +1,92 @@
+"""The run folder: claimed by one run at a time, and enough to know what was run and to run it again."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from selfsup.checkpoint import fsync_path
+from selfsup.config import dump_yaml
+from selfsup.recipe import Recipe
+
+
+def claim(run_dir: Path, resume: bool) -> TextIO:
+    """Makes the folder if needed and locks it until the returned file is closed or the process dies.
+
+    Raises ValueError where the folder cannot be written, another run holds it, or it already holds
+    a run that this is not the resumption of.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"run.dir: cannot write {run_dir}: {error.strerror}; choose another --run.dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"run.dir: {run_dir} is in use by another run; wait for it or choose another") from None
+    if not resume and (run_dir / "config.yaml").exists():
+        lock.close()
+        raise ValueError(
+            f"run.dir: {run_dir} already holds a run; continue it with "
+            f"`selfsup train --resume {run_dir}`, or choose another --run.dir"
+        )
+    for stale in (run_dir / "checkpoints").glob(".tmp-*"):  # a save that was killed; the lock is ours
+        shutil.rmtree(stale)
+    return lock
+
+
+def describe(run_dir: Path, recipe: Recipe, processes: int, device: torch.device) -> None:
+    """Writes config.yaml (resolved) and environment.json."""
+    write_atomically(run_dir / "config.yaml", dump_yaml(recipe))
+    write_atomically(run_dir / "environment.json", json.dumps(environment(processes, device), indent=1))
+
+
+def environment(processes: int, device: torch.device) -> dict[str, Any]:
+    """What the run ran on: versions, machine, processes, git revision of this code (None if unknown)."""
+    libraries = ("selfsup", "torch", "torchvision", "accelerate", "webdataset", "numpy", "safetensors")
+    return {
+        "versions": {name: version(name) for name in libraries},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "git_revision": git_revision(),
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout this package is imported from; None outside a git checkout."""
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_outcome(run_dir: Path, state: str, step: int) -> None:
+    """outcome.json: `finished` or `interrupted`, and the step. A launcher's exit code does not tell."""
+    write_atomically(run_dir / "outcome.json", json.dumps({"state": state, "step": step}))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that it is there whole or not at all."""
+    tmp = path.with_name(f".tmp-{path.name}")
+    tmp.write_text(text)
+    fsync_path(tmp)
+    os.rename(tmp, path)
+    fsync_path(path.parent)

@@ -1,0 +1,192 @@
+"""What happens before the first step: devices, data, a resumed state, and what is said about them."""
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from rich.console import Console
+from torch import Tensor
+
+from selfsup import checkpoint, dist
+from selfsup.batch import ImageBatch
+from selfsup.checkpoint import TrainState
+from selfsup.config import Section, dump_yaml, read_yaml, validate
+from selfsup.data.images import train_batches
+from selfsup.data.index import ShardIndex, check_shards, open_shards
+from selfsup.data.order import ORDER_VERSION, BatchPlan
+from selfsup.data.sequential import BROKEN_PROMISES, sequential_batches
+from selfsup.recipe import Recipe
+from selfsup.run_folder import git_revision
+
+
+def say(*lines: str) -> None:
+    """Prints on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(line, flush=True)
+
+
+def accelerator(recipe: Recipe) -> Accelerator:
+    """Devices, processes and number formats. Raises ValueError where the machine does not offer them."""
+    run, precision = recipe.run, recipe.precision
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device: expected a CUDA device, found none; use --run.device cpu")
+    on_cpu = run.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and precision.mixed == "fp16":
+        raise ValueError("precision.mixed: fp16 needs a CUDA device; use bf16 or fp32 on a CPU")
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    torch.set_float32_matmul_precision(precision.float32_matmul)
+    # DDP reorders its buckets after the first backward pass, which on three or more ranks changes
+    # the order of its sums: a resumed run would differ in the last bit. With this switch it keeps
+    # the first order, at the price of one walk over the autograd graph per step.
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=launched > 2)
+    mixed = "no" if precision.mixed == "fp32" else precision.mixed
+    result = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[ddp])
+    expected = run.expect_processes or launched
+    if not dist.world_size() == result.num_processes == expected:
+        raise ValueError(
+            f"run.expect_processes: expected {expected}, got {dist.world_size()} processes; start with "
+            f"torchrun --nproc_per_node N or accelerate launch --config_file (see launch/README.md)"
+        )
+    return result
+
+
+def batch_plan(recipe: Recipe) -> BatchPlan:
+    """How the global batch is sliced over processes and micro-batches."""
+    world, size = dist.world_size(), recipe.optim.batch_size
+    micro = recipe.run.micro_batch or max(1, size // world)
+    return BatchPlan(global_batch=size, micro_batch=micro, rank=dist.rank(), world=world)
+
+
+def open_index(recipe: Recipe) -> ShardIndex | None:
+    """The verified index, or None for `data.index: none`. Shards newer than it are hashed again."""
+    if recipe.data.index == "none":
+        return None
+    index = open_shards(recipe.data.shards)
+    dist.on_first_rank(lambda: check_shards(index, all=False))
+    return index
+
+
+def data_facts(index: ShardIndex | None) -> dict[str, Any]:
+    """What a checkpoint must agree with the data on, and where its code came from."""
+    return {
+        "index_fingerprint": None if index is None else index.fingerprint,
+        "order_version": ORDER_VERSION,
+        "git_revision": git_revision(),
+    }
+
+
+def resume(source: Path, state: TrainState) -> TrainState:
+    """The state as the checkpoint left it. Raises ValueError where the data or their order changed."""
+    restored = checkpoint.restore(source, state)
+    for fact, key in (("index_fingerprint", "data.shards"), ("order_version", "selfsup version")):
+        if restored.facts[fact] != state.facts[fact]:
+            raise ValueError(
+                f"{key}: this run was started with another {fact}: expected {restored.facts[fact]}, got "
+                f"{state.facts[fact]}; put the original shards back, or start anew with --init-from"
+            )
+    say(f"resuming {source} at step {restored.step}")
+    return restored._replace(facts=state.facts)
+
+
+def run_dir_of(found: Path) -> Path:
+    """The run folder a checkpoint lies in: RUN/checkpoints/step-N."""
+    return found.parent.parent
+
+
+def open_batches(
+    recipe: Recipe, index: ShardIndex | None, plan: BatchPlan, state: TrainState
+) -> Generator[ImageBatch, None, None]:
+    """This rank's endless micro-batches from the state's cursor on."""
+    vit, data, workers = recipe.encoder, recipe.data, recipe.run.workers
+    if index is None:
+        say("data.index: none: " + BROKEN_PROMISES)
+        # The stream cannot be entered in the middle; another seed at least gives another order.
+        seed = (recipe.seed + state.step) % 2**32
+        return sequential_batches(data, seed, vit.img_size, vit.in_chans, plan, workers)
+    cursor = state.samples
+    return train_batches(data, index, recipe.seed, vit.img_size, vit.in_chans, plan, cursor, workers)
+
+
+def summarise(recipe: Recipe, plan: BatchPlan, index: ShardIndex | None, state: TrainState) -> None:
+    """A few lines about the run that begins."""
+    parameters = sum(p.numel() for p in state.objective.parameters() if p.requires_grad)
+    samples = recipe.optim.steps * recipe.optim.batch_size
+    extent = "" if index is None else f", {samples / len(index):.1f} epochs of {len(index)} images"
+    say(
+        f"run        {recipe.run.dir}",
+        f"objective  {recipe.objective.name}, {parameters / 1e6:.2f} M trainable parameters",
+        f"processes  {plan.world} on {recipe.run.device if recipe.run.device != 'auto' else _device()}, "
+        f"{torch.get_num_threads()} threads each, {recipe.precision.mixed}",
+        f"batch      {plan.global_batch} = {plan.world} processes x {plan.accumulation} micro-batches "
+        f"x {plan.micro_batch}",
+        f"steps      {state.step} to {recipe.optim.steps}{extent}",
+    )
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Prints the resolved config, sizes and costs, and takes one micro-batch forward and backward."""
+    device = accelerator(recipe).device
+    plan, index = batch_plan(recipe), open_index(recipe)
+    torch.manual_seed(recipe.seed)
+    objective = recipe.objective.build(recipe.encoder).to(device)
+    optimizer = torch.optim.AdamW(objective.parameters())
+    state = TrainState(objective, optimizer, None, recipe, 0, 0, {})
+    batches = open_batches(recipe, index, plan, state)
+    batch = next(batches).to(device, recipe.data.mean, recipe.data.std)
+    batches.close()
+    saved: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision.mixed]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = objective(batch, float(batch.targets)).loss
+    loss.backward()
+    parameters = [p.numel() for p in objective.parameters()]
+    trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    state_bytes = 4 * sum(parameters) + 12 * trainable  # weights; gradients and two AdamW moments
+    print(dump_yaml(recipe), end="")
+    summarise(recipe, plan, index, state)
+    say(
+        f"FLOPs      {objective.flops_per_sample() * plan.global_batch:.3g} per step, "
+        f"{objective.flops_per_sample():.3g} per sample, forward and backward",
+        f"memory     {state_bytes / 2**20:.0f} MiB weights, gradients and optimizer + "
+        f"{sum(saved.values()) / 2**20:.0f} MiB kept for the backward pass of a micro-batch, per process",
+        f"one micro-batch of {len(batch.images)} went through: loss {loss.item():.4f}. Nothing was written.",
+    )
+
+
+def print_help(config: Path | None) -> None:
+    """How to call `selfsup train`, and every key of a recipe with its default and meaning."""
+    content = read_yaml(config) if config is not None else {"data": {"shards": "DIR"}, "run": {"dir": "DIR"}}
+    recipe = validate(Recipe, content)
+    usage = (
+        "selfsup train CONFIG [--key value ...]   a new run\n"
+        "selfsup train --resume DIR               an interrupted run goes on (only --run.* may change)\n"
+        "selfsup train CONFIG --init-from DIR     a new run from the weights of another\n"
+        "selfsup train CONFIG --dry-run           print what would run, take one batch through\n\n"
+        "Every key below can be set in the YAML or after it on the command line."
+    )
+    marked = tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[Recipe]]
+    Console().print(
+        tyro.extras.get_parser(marked, prog="selfsup train", description=usage, default=recipe).format_help(),
+        markup=False,
+        highlight=False,
+    )

@@ -1,0 +1,195 @@
+"""The training loop: the only one. `main` reads the command line, `train` trains.
+
+    selfsup train CONFIG [--section.key value ...]      a new run
+    selfsup train --resume DIR                          an interrupted run goes on
+    selfsup train CONFIG --init-from DIR                a new run from the weights of another
+    selfsup train CONFIG --dry-run                      print what would run, take one batch through
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from selfsup import checkpoint, dist, flops, run_folder, start
+from selfsup.checkpoint import TrainState
+from selfsup.config import parse_overrides
+from selfsup.keyed import Purpose, random_bits
+from selfsup.metrics import MetricsLog, StepClock, require_finite
+from selfsup.optim import build_optimizer
+from selfsup.recipe import Recipe, load_recipe, with_run
+
+
+def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = None) -> str:
+    """Runs the recipe to its last step, or until a signal asks it to stop.
+
+    resume: the checkpoint to go on from; weights: a run or checkpoint to take weights from.
+    Returns "finished" or "interrupted". Raises ValueError for whatever the user can mend.
+    """
+    accelerator = start.accelerator(recipe)
+    plan, index = start.batch_plan(recipe), start.open_index(recipe)
+    torch.manual_seed(recipe.seed)
+    objective = recipe.objective.build(recipe.encoder).to(accelerator.device)
+    optimizer = build_optimizer(recipe.optim, objective)
+    state = TrainState(objective, optimizer, accelerator.scaler, recipe, 0, 0, start.data_facts(index))
+    if weights is not None:
+        start.say(checkpoint.init_from(weights, objective, recipe))
+    if resume is not None:
+        state = start.resume(resume, state)
+    run_dir, optim, run = Path(recipe.run.dir), recipe.optim, recipe.run
+    lock = dist.on_first_rank(lambda: run_folder.claim(run_dir, resume is not None))
+    dist.on_first_rank(lambda: run_folder.describe(run_dir, recipe, plan.world, accelerator.device))
+    start.summarise(recipe, plan, index, state)
+
+    stop = StopSignal()
+    batches = start.open_batches(recipe, index, plan, state)
+    if run.compile:
+        objective.compile()
+    model, stepper = accelerator.prepare(objective, optimizer)
+    log = MetricsLog(run_dir, state.step, optim.steps) if dist.rank() == 0 else None
+    clock, peak = StepClock(), flops.peak(accelerator.device, recipe.precision.mixed)
+    saved, outcome = state.step, "finished"
+
+    for step in range(state.step, optim.steps):
+        began = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(plan.accumulation)]
+        clock.waited(time.perf_counter() - began)
+
+        # One sum over ranks per step: the global number of loss terms, and whether to stop.
+        total, stopping = dist.sum_over_ranks(sum(b.targets for b in micro_batches), stop.requested)
+        if stopping:
+            outcome = "interrupted"
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr(step)
+        loss = torch.zeros((), device=accelerator.device)
+        for i, batch in enumerate(micro_batches):
+            seed_model(recipe.seed, step, i)
+            batch = batch.to(accelerator.device, recipe.data.mean, recipe.data.std)
+            last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                output = model(batch, total)
+                accelerator.backward(output.loss)
+            loss += output.loss.detach()
+
+        done = step + 1
+        log_now = done % run.log_every == 0 or done == optim.steps
+        save_now = done % run.checkpoint_every == 0 or done == optim.steps
+        if optim.clip_grad_norm is not None or log_now:
+            grad_norm = accelerator.clip_grad_norm_(objective.parameters(), optim.clip_grad_norm or math.inf)
+        stepper.step()
+        stepper.zero_grad()
+        objective.after_step(done / optim.steps)
+        state = state._replace(step=done, samples=state.samples + optim.batch_size)
+        clock.step()
+
+        if log_now or save_now:
+            mean_loss = dist.sum_over_ranks(loss.item())[0] / plan.world
+            require_finite(mean_loss, done)
+        if log_now and log is not None:
+            epoch = {} if index is None else {"epoch": state.samples / len(index)}
+            values = {"loss": mean_loss, "lr": optim.lr(step), "grad_norm": float(grad_norm), **epoch}
+            values["samples"] = state.samples
+            speed = clock.read(optim.batch_size, objective.flops_per_sample(), peak and peak * plan.world)
+            log.write(done, {**values, **speed})
+        if log is not None and run.picture_every and (done % run.picture_every == 0 or done == optim.steps):
+            log.pictures(done, objective.pictures(batch, recipe.data.mean, recipe.data.std))
+        if save_now:
+            dist.on_first_rank(lambda: checkpoint.save_checkpoint(run_dir, state))
+            saved = done
+        if log is not None:
+            log.advance()
+
+    if saved != state.step:
+        dist.on_first_rank(lambda: checkpoint.save_checkpoint(run_dir, state))
+    if log is not None:
+        log.close()
+    batches.close()
+    dist.on_first_rank(lambda: run_folder.write_outcome(run_dir, outcome, state.step))
+    start.say(f"{outcome} at step {state.step} of {optim.steps}: {run_dir}")
+    if lock is not None:
+        lock.close()
+    return outcome
+
+
+def seed_model(seed: int, step: int, micro: int) -> None:
+    """Seeds torch's generators for one forward pass (dropout, drop path) from (seed, step, rank, micro)."""
+    position = torch.tensor(dist.rank() << 32 | micro)
+    high, low = random_bits(seed, step, position, Purpose.MODEL, 2).tolist()
+    torch.manual_seed(high << 32 | low)
+
+
+class StopSignal:
+    """Remembers SIGINT or SIGTERM until the loop can save; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.requested = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise SystemExit(128 + number)
+        self.requested = 1
+        start.say(f"{signal.Signals(number).name}: saving at the end of this step, then leaving")
+
+
+INTERRUPTED = 75  # EX_TEMPFAIL: run it again with --resume
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 finished, 2 a fault the user can mend, 75 interrupted."""
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    config = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+    parser = argparse.ArgumentParser(prog="selfsup train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path, metavar="DIR")
+    parser.add_argument("--init-from", type=Path, metavar="DIR")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    options, overrides = parser.parse_known_args(rest)
+    try:
+        if options.help:
+            start.print_help(config)
+            return 0
+        if (config is None) == (options.resume is None):
+            raise ValueError("expected a CONFIG for a new run, or --resume DIR; see selfsup train --help")
+        if options.resume is not None and (options.init_from is not None or options.dry_run):
+            raise ValueError("--resume: goes on with a run; --init-from and --dry-run belong to a new one")
+        if options.resume is not None:
+            found, passed_over = checkpoint.find_checkpoint(options.resume)
+            start.say(*passed_over)
+            changes = parse_overrides(overrides)
+            changes.setdefault("run", {})["dir"] = str(start.run_dir_of(found))
+            return _exit_code(train(with_run(checkpoint.read_recipe(found), changes), resume=found))
+        recipe = load_recipe(config, overrides)
+        if options.dry_run:
+            start.dry_run(recipe)
+            return 0
+        return _exit_code(train(recipe, weights=options.init_from))
+    except dist.FirstRankFailed:
+        return 2
+    except ValueError as error:
+        if isinstance(error, UnicodeError):
+            raise
+        rank = os.environ.get("RANK", "0")
+        prefix = "error: " if rank == "0" else f"[rank {rank}] error: "
+        print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr, flush=True)
+        return 2
+    finally:
+        dist.leave()
+
+
+def _exit_code(outcome: str) -> int:
+    return 0 if outcome == "finished" else INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Checkpoints: exact round trip, crash safety under kill -9, damage seen and passed over."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfsup import checkpoint
+from selfsup.checkpoint import TrainState, find_checkpoint, init_from, load_encoder, restore, save_checkpoint
+from selfsup.config import validate
+from selfsup.optim import build_optimizer
+from selfsup.recipe import Recipe
+
+CONTENT = {
+    "objective": {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "encoder": {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    "data": {"shards": "d"},
+    "run": {"dir": "r"},
+}
+
+
+def state_of(recipe: Recipe, seed: int, steps: int = 2) -> TrainState:
+    torch.manual_seed(seed)
+    objective = recipe.objective.build(recipe.encoder)
+    optimizer = build_optimizer(recipe.optim, objective)
+    for _ in range(steps):
+        for p in objective.parameters():
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        optimizer.step()
+    return TrainState(objective, optimizer, None, recipe, steps, steps * 256, {"index_fingerprint": "f", "order_version": 1})
+
+
+def flat(state: TrainState) -> dict:
+    tensors, groups = checkpoint.optimizer_to_names(state.optimizer)
+    return {**state.objective.state_dict(), **tensors, "groups": groups}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return validate(Recipe, CONTENT)
+
+
+def test_round_trip_is_exact(recipe, tmp_path):
+    saved = state_of(recipe, 0)
+    path = save_checkpoint(tmp_path, saved)
+    fresh = state_of(recipe, 1, steps=0)
+    assert not equal(flat(saved), flat(fresh))
+    restored = restore(path, fresh)
+    assert equal(flat(saved), flat(restored)) and (restored.step, restored.samples) == (2, 512)
+    for p in saved.objective.parameters():  # and the next update is the same
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    for p in restored.objective.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    saved.optimizer.step(), restored.optimizer.step()
+    assert equal(flat(saved), flat(restored))
+
+
+def test_files_hold_no_pickle(recipe, tmp_path):
+    path = save_checkpoint(tmp_path, state_of(recipe, 0))
+    assert sorted(p.name for p in path.iterdir()) == ["config.yaml", "manifest.json", "objective.safetensors", "optimizer.safetensors", "state.json"]
+    assert all(p.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK") for p in path.iterdir())
+
+
+def test_pruning_keeps_the_newest(recipe, tmp_path):
+    for steps in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, state_of(recipe, 0, steps))
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_damage_falls_back_and_says_so(recipe, tmp_path, damage):
+    first, second = (save_checkpoint(tmp_path, state_of(recipe, 0, steps)) for steps in (1, 2))
+    victim = second / "objective.safetensors"
+    content = victim.read_bytes()
+    if damage == "truncate":
+        victim.write_bytes(content[:-100])
+    elif damage == "flip":
+        victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        (second / "manifest.json").write_text("{")
+    found, said = find_checkpoint(tmp_path)
+    assert found == first and len(said) == 1 and str(second) in said[0]
+    shutil.rmtree(first)
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        find_checkpoint(tmp_path)
+    if damage != "manifest":
+        with pytest.raises(ValueError, match="damaged checkpoint"):
+            find_checkpoint(second)
+
+
+def test_a_full_disk_leaves_the_previous_one(recipe, tmp_path):
+    first = save_checkpoint(tmp_path, state_of(recipe, 0, 1))
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(ValueError, match="NOT saved.*earlier checkpoints are intact"):
+            save_checkpoint(tmp_path, state_of(recipe, 0, 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert find_checkpoint(tmp_path) == (first, [])
+
+
+SAVER = """
+import sys; sys.path.insert(0, {tests!r})
+import test_checkpoint as t
+from selfsup.config import validate
+from selfsup.recipe import Recipe
+from pathlib import Path
+state = t.state_of(validate(Recipe, t.CONTENT), 0, 1)
+{mutant}
+print("ready", flush=True)
+step = 1
+while True:
+    t.checkpoint.save_checkpoint(Path({folder!r}), state._replace(step=step)); step += 1
+"""
+IN_PLACE = """
+def in_place(run_dir, state):  # no rename: written where it will be read, the old one removed first
+    import shutil
+    folder = run_dir / "checkpoints"
+    for old in folder.glob("step-*"): shutil.rmtree(old)
+    final = folder / f"step-{state.step:08d}"
+    final.mkdir(parents=True)
+    t.checkpoint._write(final, state)
+t.checkpoint.save_checkpoint = in_place
+"""
+
+
+def survivors(folder: Path, kills: int, mutant: str) -> int:
+    """How often a loadable checkpoint is left after kill -9 at a random moment of back-to-back saves."""
+    alive = 0
+    for i in range(kills):
+        where = folder / str(i)
+        code = SAVER.format(tests=str(Path(__file__).parent), folder=str(where), mutant=mutant)
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline().strip() == "ready"
+        while not list(where.glob("checkpoints/step-*/manifest.json")):
+            time.sleep(0.001)
+        time.sleep(0.02 + 0.0137 * i)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        try:
+            found, _ = find_checkpoint(where)
+            assert json.loads((found / "state.json").read_text())["step"] >= 1
+            alive += 1
+        except ValueError:
+            pass  # counted: not alive
+    return alive
+
+
+@pytest.mark.slow
+def test_kill_during_saves_always_leaves_a_whole_checkpoint(tmp_path):
+    assert survivors(tmp_path, 6, mutant="") == 6
+
+
+@pytest.mark.slow
+def test_saving_in_place_is_caught(tmp_path):
+    assert survivors(tmp_path, 6, mutant=IN_PLACE) < 6
+
+
+def test_load_encoder_and_init_from(recipe, tmp_path):
+    saved = state_of(recipe, 0)
+    save_checkpoint(tmp_path, saved)
+    encoder, again = load_encoder(tmp_path)
+    assert again == recipe and not encoder.training
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(encoder(images), saved.objective.encoder.eval()(images))
+    fresh = state_of(recipe, 3, 0)
+    assert "all weights" in init_from(tmp_path, fresh.objective, recipe)
+    assert torch.equal(fresh.objective.decoder.mask_token, saved.objective.decoder.mask_token)
+    wider = validate(Recipe, {**CONTENT, "encoder": {**CONTENT["encoder"], "embed_dim": 32}})
+    with pytest.raises(ValueError, match="do not fit this recipe, first .*: expected .* got"):
+        init_from(tmp_path, state_of(wider, 0, 0).objective, wider)
