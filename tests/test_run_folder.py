@@ -1,6 +1,8 @@
 """The run folder: one run at a time, never over another, and metrics that a resume continues."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -10,8 +12,10 @@ from selfsup.metrics import MetricsLog, StepClock, require_finite
 
 def test_two_runs_in_one_folder(tmp_path):
     lock = run_folder.claim(tmp_path / "run", resume=False)
-    with pytest.raises(ValueError, match="in use by another run"):
-        run_folder.claim(tmp_path / "run", resume=True)
+    run = str(tmp_path / "run")
+    claim = f"import pathlib; from selfsup import run_folder; run_folder.claim(pathlib.Path({run!r}), True)"
+    other = subprocess.run([sys.executable, "-c", claim], capture_output=True, text=True)
+    assert other.returncode == 1 and "in use by another run" in other.stderr
     lock.close()
     run_folder.claim(tmp_path / "run", resume=True).close()
 

@@ -47,8 +47,8 @@ def convert(archive: Path, dest: Path, samples_per_shard: int = 5000) -> dict[st
             split, label, stem, extension = match.groups()
             splits[split].append((label, stem, extension, content))
     if not all(splits.values()):
-        found = f"{len(splits['train'])} training and {len(splits['test'])} test images"
-        raise ValueError(f"{archive}: expected train/CLASS/*.jpg and test/CLASS/*.jpg, or {URL}; found {found}")
+        found = f"found {len(splits['train'])} and {len(splits['test'])}"
+        raise ValueError(f"{archive}: expected train/CLASS/*.jpg and test/CLASS/*.jpg ({found}), or {URL}")
     classes = sorted({label for images in splits.values() for label, *_ in images})
     reports = {}
     for split, images in splits.items():
@@ -72,8 +72,8 @@ def _read(archive: Path) -> dict[str, bytes]:
                 for member in tar:
                     if "cifar-10-batches-py" in member.name:
                         raise ValueError(
-                            f"{archive}: the Python version holds pickles, and opening a pickle runs whatever "
-                            f"code is in it; download the binary version instead: {URL}"
+                            f"{archive}: the Python version holds pickles, and opening a pickle runs "
+                            f"whatever code is in it; download the binary version instead: {URL}"
                         )
                     if not member.isreg():
                         continue
@@ -99,8 +99,8 @@ def _convert_binary(
         "test": [files[name] for name in files if name.startswith("test_batch")],
     }
     if not classes or not all(parts.values()):
-        found = ", ".join(sorted(files))
-        raise ValueError(f"{archive}: expected batches.meta.txt, data_batch_*.bin and test_batch.bin, got {found}")
+        expected = "batches.meta.txt, data_batch_*.bin and test_batch.bin"
+        raise ValueError(f"{archive}: expected {expected}, got {', '.join(sorted(files))}")
     reports = {}
     for split, contents in parts.items():
         if any(len(content) % _RECORD for content in contents):

@@ -29,8 +29,9 @@ def claim(run_dir: Path, resume: bool) -> TextIO:
     except OSError as error:
         raise ValueError(f"run.dir: cannot write {run_dir}: {error.strerror}; choose another --run.dir") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # lockf, not flock: loader workers, which are forks, must not inherit the lock and outlive us with it.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         lock.close()
         raise ValueError(f"run.dir: {run_dir} is in use by another run; wait for it or choose another") from None
     if not resume and (run_dir / "config.yaml").exists():

@@ -167,7 +167,8 @@ def augment(
 ) -> UInt8[np.ndarray, "b c s s"]:
     """The training view of each image: uint8 (b, c, img_size, img_size)."""
     shapes = np.array([image.shape[:2] for image in images], dtype=np.int64)
-    boxes = crop_boxes(seed, epoch, position, shapes[:, 0], shapes[:, 1], config.crop_scale, config.crop_ratio)
+    height, width = shapes[:, 0], shapes[:, 1]
+    boxes = crop_boxes(seed, epoch, position, height, width, config.crop_scale, config.crop_ratio)
     return crop_and_resize(images, boxes, flips(seed, epoch, position, config.hflip), img_size)
 
 
@@ -195,9 +196,8 @@ def _decode_rows(index: ShardIndex, reader: ShardReader, rows: np.ndarray, chann
         try:
             images.append(_decode(data, channels))
         except Exception as error:
-            raise ValueError(
-                f"{index.name(row)}: cannot decode the image: {error}; find all with: selfsup data check {index.folder}"
-            ) from error
+            fix = f"find all with: selfsup data check {index.folder}"
+            raise ValueError(f"{index.name(row)}: cannot decode the image: {error}; {fix}") from error
     return images
 
 

@@ -73,8 +73,8 @@ class ShardIndex:
 
     def _header(self) -> str:
         shards = [[s.name, s.size, s.sha256, s.samples] for s in self.shards]
-        header = {"version": INDEX_VERSION, "shards": shards, "classes": self.classes, "skipped": self.skipped}
-        return json.dumps(header, sort_keys=True)
+        header = {"version": INDEX_VERSION, "shards": shards, "classes": self.classes}
+        return json.dumps({**header, "skipped": self.skipped}, sort_keys=True)
 
     def _tensors(self) -> dict[str, np.ndarray]:
         names = ("shard", "offset", "length", "crc32", "label", "key_bytes", "key_offsets")
@@ -218,7 +218,8 @@ def load_index(folder: str | Path) -> ShardIndex:
         if header["version"] != INDEX_VERSION:
             raise ValueError(f"format version {header['version']}, expected {INDEX_VERSION}")
         shards = tuple(Shard(*fields) for fields in header["shards"])
-        index = ShardIndex(folder, shards, **tensors, classes=tuple(header["classes"]), skipped=header["skipped"])
+        classes, skipped = tuple(header["classes"]), header["skipped"]
+        index = ShardIndex(folder, shards, **tensors, classes=classes, skipped=skipped)
         _check_consistent(index)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         again = f"selfsup data index {folder}"
@@ -230,7 +231,7 @@ def local_folder(shards: str) -> Path:
     """The folder a user named. Raises ValueError for anything else: shards are read from local
     files only, and a `pipe:` or URL in a config would be code or a download in disguise."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:|-$", shards):
-        raise ValueError(f"data.shards: expected a local folder, got {shards!r}; copy the shards to a local disk")
+        raise ValueError(f"data.shards: expected a local folder, got {shards!r}; copy the shards to a disk")
     folder = Path(shards).expanduser()
     if not folder.exists():
         raise ValueError(f"data.shards: no such folder: {folder}")
@@ -244,7 +245,7 @@ def list_shards(folder: Path) -> list[Path]:
     names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
     compressed = [name for name in names if _COMPRESSED.match(name)]
     if compressed:
-        raise ValueError(f"{folder / compressed[0]}: compressed shards cannot be read at random; unpack to .tar")
+        raise ValueError(f"{folder / compressed[0]}: compressed: no random access; unpack it to a plain .tar")
     paths = [folder / name for name in names if name.lower().endswith(".tar")]
     if not paths:
         raise ValueError(f"{folder}: no shards (*.tar); pack images with: selfsup data pack IMAGES {folder}")
@@ -263,7 +264,7 @@ def open_shards(shards: str) -> ShardIndex:
     again = f"selfsup data index {folder}"
     for shard in index.shards:
         if shard.name not in present:
-            raise ValueError(f"{folder / shard.name}: shard missing; restore it, or index what is left: {again}")
+            raise ValueError(f"{folder / shard.name}: shard missing; restore it, or index the rest: {again}")
         if present[shard.name] != shard.size:
             raise ValueError(
                 f"{folder / shard.name}: truncated or altered: expected {shard.size} bytes as indexed, got "
@@ -271,7 +272,7 @@ def open_shards(shards: str) -> ShardIndex:
             )
     unknown = sorted(present.keys() - {shard.name for shard in index.shards})
     if unknown:
-        raise ValueError(f"{folder / unknown[0]}: {len(unknown)} shard(s) not in the index; add with: {again}")
+        raise ValueError(f"{folder / unknown[0]}: {len(unknown)} shards not in the index; add with: {again}")
     return index
 
 
@@ -294,3 +295,17 @@ def check_shards(index: ShardIndex, all: bool) -> list[str]:
             f"wanted: selfsup data index {index.folder}"
         )
     return [shard.name for shard in hashed]
+
+
+def main_index(shards: Path, /, processes: int = os.cpu_count() or 1) -> None:
+    """Builds the index of a folder of WebDataset shards (plain .tar), and checks each from end to end.
+
+    Args:
+        shards: the folder that holds them; the index is written there.
+        processes: shards read at a time.
+    """
+    index = build_index(shards, processes)
+    save_index(index)
+    for reason, count in index.skipped.items():
+        print(f"skipped: {count} {reason}")
+    print(f"{len(index)} images in {len(index.shards)} shards: {index.folder / INDEX_NAME}")

@@ -109,8 +109,8 @@ def _feistel(
 
 def _draw(seed: int, epoch: np.ndarray, position: np.ndarray, view: int, radix: np.ndarray) -> np.ndarray:
     """64 random bits modulo `radix`: biased by less than radix / 2**64."""
-    high, low = np.moveaxis(random_bits(seed, epoch, position, Purpose.ORDER, 2, view).astype(np.uint64), -1, 0)
-    return ((high << np.uint64(32) | low) % radix.astype(np.uint64)).astype(np.int64)
+    bits = random_bits(seed, epoch, position, Purpose.ORDER, 2, view).astype(np.uint64)
+    return ((bits[:, 0] << np.uint64(32) | bits[:, 1]) % radix.astype(np.uint64)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ class BatchPlan:
         if self.global_batch % step:
             nearest = max(1, (2 * self.global_batch + step) // (2 * step)) * step
             raise ValueError(
-                f"optim.batch_size: expected a multiple of run.micro_batch x processes = {self.micro_batch} x "
-                f"{self.world} = {step}, got {self.global_batch}; nearest valid: --optim.batch-size {nearest}"
+                "optim.batch_size: expected a multiple of run.micro_batch x processes = "
+                f"{self.micro_batch} x {self.world} = {step}, got {self.global_batch}; nearest valid: "
+                f"--optim.batch-size {nearest}"
             )
 
     @property

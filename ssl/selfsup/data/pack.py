@@ -97,10 +97,27 @@ def pack(
     notes = []
     unlabelled = sum(sample.label == -1 for sample in samples)
     if names and unlabelled:
-        notes.append(f"note: {unlabelled} images lie directly in {source}, outside the class folders: no label")
+        notes.append(f"note: {unlabelled} images in {source} itself, outside the class folders, get no label")
     if others:
-        notes.append(f"note: {others} files in {source} are not .jpg, .jpeg, .png or .webp and were left alone")
+        notes.append(f"note: {others} files in {source} are not .jpg, .jpeg, .png or .webp: left alone")
     return _pack(samples, stamps, names, dest, samples_per_shard, processes, notes)
+
+
+def main_pack(
+    source: Path, dest: Path, /, samples_per_shard: int = 5000, processes: int = os.cpu_count() or 1
+) -> None:
+    """Packs a folder of images (one folder per class, or flat) into WebDataset shards with an index.
+
+    Every image is decoded once; corrupt ones are named and left out. Interrupted, it goes on when
+    called again.
+
+    Args:
+        source: folder of JPEG, PNG and WebP images.
+        dest: folder for the shards.
+        samples_per_shard: images a shard.
+        processes: shards written at a time.
+    """
+    print(pack(source, dest, samples_per_shard, processes))
 
 
 def pack_samples(
@@ -118,11 +135,16 @@ def pack_arrays(
     dest: str | Path,
     samples_per_shard: int = 5000,
 ) -> PackReport:
-    """Packs uint8 (n, h, w) grey or (n, h, w, 3) RGB arrays as PNG, which loses nothing.
+    """Packs uint8 (n, h, w) or (n, h, w, 1) grey, or (n, h, w, 3) RGB arrays as PNG: nothing is lost.
 
-    labels: int64 (n,), -1 for none. The key is the row number. Raises ValueError as `pack`.
+    labels: int64 (n,), -1 for none. The key is the row number. Raises ValueError as `pack`, and
+    for another shape.
     """
     samples = []
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    if images.ndim == 4 and images.shape[3] != 3:
+        raise ValueError(f"images: expected (n, h, w), (n, h, w, 1) or (n, h, w, 3), got {images.shape}")
     for i, (image, label) in enumerate(zip(images, labels.tolist())):
         png = io.BytesIO()
         Image.fromarray(image).save(png, "PNG")
@@ -182,7 +204,8 @@ def _pack(
     if samples_per_shard < 1:
         raise ValueError(f"samples per shard: expected a value >= 1, got {samples_per_shard}")
     content = json.dumps([PACK_VERSION, samples_per_shard, classes, stamps])
-    plan = {"version": PACK_VERSION, "plan": hashlib.sha256(content.encode()).hexdigest(), "samples": len(samples)}
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    plan = {"version": PACK_VERSION, "plan": fingerprint, "samples": len(samples)}
     _claim(dest, plan, classes)
     order = sample_order(0, 0, np.arange(len(samples)), len(samples), "shuffled").tolist()
     shards = {}
@@ -192,11 +215,14 @@ def _pack(
     todo = {path: members for path, members in shards.items() if not path.exists()}
     kept = len(shards) - len(todo)
     corrupt = _write_shards(todo, processes)
+    if len(corrupt) == len(samples):
+        raise ValueError(f"none of {len(samples)} images could be decoded, such as {min(corrupt.values())}")
     if not todo and (dest / INDEX_NAME).exists():
-        index = open_shards(str(dest))
-    else:
-        index = build_index(dest, processes)
-    return _finish(index, samples, corrupt, kept, notes)
+        # Not written again: its time says from when on a changed shard is suspect.
+        return _report(open_shards(str(dest)), samples, corrupt, kept, notes)
+    report = _report(build_index(dest, processes), samples, corrupt, kept, notes)
+    save_index(report.index)
+    return report
 
 
 def _claim(dest: Path, plan: dict, classes: list[str]) -> None:
@@ -212,6 +238,7 @@ def _claim(dest: Path, plan: dict, classes: list[str]) -> None:
         return
     if any(dest.glob("*.tar")) or (dest / INDEX_NAME).exists():
         raise ValueError(f"{dest}: holds shards that were not packed here; pack into another folder")
+    (dest / CLASSES_NAME).unlink(missing_ok=True)
     if classes:
         write_atomically(dest / CLASSES_NAME, json.dumps(classes).encode())
     write_atomically(path, json.dumps(plan).encode())
@@ -249,10 +276,10 @@ def write_shard(
         with TarWriter(file, owner, owner, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
             for sample in samples:
                 progress(1)
-                named = sample.content if isinstance(sample.content, Path) else sample.key
+                content = sample.content
                 try:
-                    data = sample.content if isinstance(sample.content, bytes) else sample.content.read_bytes()
-                    decode_image(data, 3, str(named))
+                    data = content if isinstance(content, bytes) else content.read_bytes()
+                    decode_image(data, 3, _origin(sample))
                 except (ValueError, OSError) as error:
                     corrupt[sample.key] = str(error)
                     continue
@@ -265,17 +292,21 @@ def write_shard(
     return corrupt
 
 
-def _finish(
+def _report(
     index: ShardIndex, samples: list[Sample], corrupt: dict[str, str], kept: int, notes: list[str]
 ) -> PackReport:
     """What is planned but not in the shards was corrupt: so the count is right for kept shards too."""
     packed = {index.key(row) for row in range(len(index))}
-    missing = [sample for sample in samples if sample.key not in packed]
     reasons = []
-    for sample in missing:
-        named = sample.content if isinstance(sample.content, Path) else sample.key
-        reasons.append(corrupt.get(sample.key, f"{named}: could not be decoded by an earlier run"))
-    if missing and index.skipped.get(_CORRUPT) != len(missing):
-        index = replace(index, skipped={**index.skipped, _CORRUPT: len(missing)})
-    save_index(index)
+    for sample in samples:
+        if sample.key not in packed:
+            earlier = f"{_origin(sample)}: could not be decoded by an earlier run"
+            reasons.append(corrupt.get(sample.key, earlier))
+    if reasons:
+        index = replace(index, skipped={**index.skipped, _CORRUPT: len(reasons)})
     return PackReport(index, kept, tuple(reasons), tuple(notes))
+
+
+def _origin(sample: Sample) -> str:
+    """What to call a sample in a message: its file, or its key."""
+    return str(sample.content) if isinstance(sample.content, Path) else sample.key

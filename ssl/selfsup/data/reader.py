@@ -32,8 +32,8 @@ class ShardReader:
             blob = os.pread(self._open(int(index.shard[row])), length, int(index.offset[row]))
             if len(blob) != length or zlib.crc32(blob) != index.crc32[row]:
                 raise ValueError(
-                    f"{index.name(row)}: the bytes are not those that were indexed: shard altered or damaged; find "
-                    f"all with: selfsup data check {index.folder}"
+                    f"{index.name(row)}: shard altered or damaged: not the bytes that were indexed; "
+                    f"find all with: selfsup data check {index.folder}"
                 )
             blobs[place] = blob
         return blobs

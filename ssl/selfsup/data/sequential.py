@@ -7,8 +7,6 @@ printed when training starts.
 import os
 from collections.abc import Iterator
 
-os.environ["WDS_SECURE"] = "1"  # read by webdataset when imported: no shell, no unpickling
-
 import numpy as np
 import torch
 import webdataset as wds
@@ -34,14 +32,17 @@ _BUFFER = 1000
 
 
 def sequential_batches(
-    config: ImageData, seed: int, img_size: int, channels: int, plan: BatchPlan, start_cursor: int, workers: int
+    config: ImageData, seed: int, img_size: int, channels: int, plan: BatchPlan, workers: int
 ) -> Iterator[ImageBatch]:
     """This rank's micro-batches without end: uint8 images, index -1, epoch 0, positions that no two
-    samples of a run share. `start_cursor` only makes a resumed run draw a new order and new crops.
+    samples of a run share. Order and crops follow from `seed`: a resumed run had better bring another.
 
     Raises ValueError for a missing folder, for fewer shards than readers (ranks x workers), for
     what is not a plain tar, and, while iterating, for a sample that cannot be decoded.
     """
+    # webdataset reads the variable when imported, which may have happened; both: no shell, no unpickling.
+    os.environ["WDS_SECURE"] = "1"
+    wds.utils.enforce_security = True
     folder = local_folder(config.shards)
     paths = list_shards(folder)
     readers = plan.world * max(1, workers)
@@ -56,10 +57,10 @@ def sequential_batches(
     seen = wds.utils.pytorch_worker_info()[:2]
     if seen != (plan.rank, plan.world):
         raise ValueError(
-            f"data.index: none: webdataset takes this for process {seen[0]} of {seen[1]}, expected {plan.rank} of "
-            f"{plan.world}; unset RANK and WORLD_SIZE, or start with torchrun or accelerate launch"
+            f"data.index: none: webdataset takes this for process {seen[0]} of {seen[1]}, expected "
+            f"{plan.rank} of {plan.world}; unset RANK and WORLD_SIZE, or start with torchrun"
         )
-    dataset = _Stream(config, seed, img_size, channels, plan, start_cursor, [str(path) for path in paths])
+    dataset = _Stream(config, seed, img_size, channels, plan, [str(path) for path in paths])
     return load(dataset, None, workers, prefetch=2)
 
 
@@ -73,11 +74,10 @@ class _Stream(IterableDataset):
         img_size: int,
         channels: int,
         plan: BatchPlan,
-        start_cursor: int,
         paths: list[str],
     ) -> None:
         self.config, self.seed, self.img_size, self.channels = config, seed, img_size, channels
-        self.plan, self.start_cursor, self.paths = plan, start_cursor, paths
+        self.plan, self.paths = plan, paths
 
     def __iter__(self) -> Iterator[ImageBatch | ValueError]:
         worker = get_worker_info()
@@ -95,13 +95,12 @@ class _Stream(IterableDataset):
             except ValueError as error:
                 yield error
                 return
-            yield self._batch(images, self.start_cursor + counts * readers + reader)
+            yield self._batch(images, counts * readers + reader)
             count += self.plan.micro_batch
 
     def _pipeline(self, reader: int) -> wds.WebDataset:
         """Samples (still encoded) of this reader's shards without end; ends only where there are none."""
-        where = np.array(self.start_cursor, dtype=np.int64)
-        seed = int(random_bits(self.seed, reader, where, Purpose.ORDER, 1, view=48)[0])
+        seed = int(random_bits(self.seed, 0, np.array(reader), Purpose.ORDER, 1, view=48)[0])
         shuffle = self.config.order != "sequential"
         pipeline = wds.WebDataset(
             self.paths,

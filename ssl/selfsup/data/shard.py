@@ -57,7 +57,7 @@ class _Sample:
 
 
 def fork_or_spawn() -> BaseContext:
-    """How this project starts helper processes: forked on Linux (fast, nothing pickled), else spawned."""
+    """How helper processes are started: forked on Linux (at once, without importing again), else spawned."""
     return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
@@ -116,7 +116,7 @@ def _walk(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
     tail = 0
     while block := file.read(1 << 20):
         if block.count(0) != len(block):
-            raise ValueError(f"{path}: damaged: bad header at or after byte {end + tail}; {len(members)} members read")
+            raise ValueError(f"{path}: damaged: bad header at byte {end} or later, {len(members)} members in")
         tail += len(block)
     if tail < 2 * _BLOCK:
         raise ValueError(
@@ -148,7 +148,7 @@ def _group(path: Path, members: list[tarfile.TarInfo], skipped: Counter[str]) ->
         if not samples or samples[-1].key != key:
             if key in seen:
                 raise ValueError(
-                    f"{path}: key {key!r} comes back after other samples; members of a sample must be adjacent"
+                    f"{path}: key {key!r} comes back after other samples; a sample's members must be adjacent"
                 )
             seen.add(key)
             samples.append(_Sample(key))

@@ -214,7 +214,7 @@ def _load_in_timm(folder: Path) -> _Target:
     try:
         module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder}: timm does not load it: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{folder}: timm does not load it: {' '.join(str(error).split())}; NOT exported") from error
     # timm resizes what does not fit and logs what is missing: compare names and shapes ourselves.
     saved = {k: tuple(v.shape) for k, v in load_file(folder / "model.safetensors").items()}
     wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}

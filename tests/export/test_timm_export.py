@@ -1,0 +1,236 @@
+"""Exports load in timm and transformers with the same outputs, and a wrong one never appears."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+import yaml
+from einops import rearrange
+from PIL import Image
+from torch import nn
+
+from selfsup.checkpoint import find_checkpoint, load_encoder
+from selfsup.export import timm as export
+from selfsup.export.timm import export_timm, main_export, verify
+
+VARIANTS = {
+    "cls": {},
+    "mean": {"encoder": {"pool": "mean"}},
+    "no class token": {"encoder": {"pool": "mean", "class_token": False}},
+    "learned positions": {"encoder": {"pos_embed": "learned"}},
+    "grey": {"encoder": {"in_chans": 1}, "data": {"mean": [0.4], "std": [0.2]}},
+    "no qkv bias, wide mlp, drop path": {"encoder": {"qkv_bias": False, "mlp_ratio": 3.5, "drop_path": 0.2}},
+    "one token": {"encoder": {"pool": "mean", "patch_size": 8, "depth": 1, "num_heads": 1}},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_loads_in_timm_and_transformers(make_run, changes):
+    run = make_run(changes)
+    encoder, recipe = load_encoder(run)
+    report = export_timm(run)
+    assert report.folder == run / "export" / "timm-step-7"
+    assert {path.name for path in report.folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert [(c.library.split()[0], c.dtype) for c in report.checks] == [
+        (library, dtype) for dtype in ("float32", "float64") for library in ("timm", "transformers")
+    ]
+    encoder.requires_grad_(False)
+    images = torch.randn(3, recipe.encoder.in_chans, 16, 16)
+    ours = encoder(images)
+    limit = 1e-5 * max(1.0, float(ours.abs().max()))
+    in_timm = timm.create_model(f"local-dir:{report.folder}", pretrained=True).eval()
+    assert (in_timm(images) - ours).abs().max() <= limit
+    tokens = encoder.forward_features(images)
+    hf, info = transformers.AutoModel.from_pretrained(report.folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    output = hf.eval()(images)
+    assert (output.pooler_output - ours).abs().max() <= limit
+    assert (output.last_hidden_state - tokens).abs().max() <= 1e-5 * max(1.0, float(tokens.abs().max()))
+
+
+def test_normalisation_and_size_reach_timm_and_transformers(make_run):
+    folder = export_timm(make_run()).folder
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == (3, 16, 16) and data["crop_pct"] == 1.0 and data["interpolation"] == "bicubic"
+    assert [*data["mean"]] == [0.4, 0.5, 0.6] and [*data["std"]] == [0.2, 0.3, 0.4]
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    expected = rearrange((pixels / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4], "h w c -> c h w")
+    transform = timm.data.create_transform(**data)
+    assert np.allclose(transform(Image.fromarray(pixels)), expected, atol=1e-5)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    assert np.allclose(processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_downstream_use_in_timm(make_run, pool):
+    """A head, other channels, another size: none of them loses the norm."""
+    folder = export_timm(make_run({"encoder": {"pool": pool}})).folder
+    encoder, _ = load_encoder(folder.parents[1])
+    for change in ({"num_classes": 5}, {"in_chans": 1}, {"img_size": 32}):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, **change)
+        assert torch.equal(model.norm.weight, encoder.norm.weight)
+        assert isinstance(model.fc_norm, nn.Identity)
+
+
+def tanh_gelu(encoder):
+    for block in encoder.blocks:
+        block.mlp.act = nn.GELU("tanh")
+
+
+def small_eps(encoder):
+    for layer in encoder.modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = 1e-5
+
+
+def dropped_norm(encoder):
+    encoder.norm.forward = lambda tokens: tokens
+
+
+def other_scale(encoder):
+    encoder.blocks[1].attn.num_heads = 2
+
+
+# With each of these the encoder that trained is not what timm builds out of its weights.
+BUGS = [tanh_gelu, small_eps, dropped_norm, other_scale]
+
+
+@pytest.mark.parametrize("changes", list(VARIANTS.values())[:3], ids=list(VARIANTS)[:3])
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_in_the_model_is_caught(make_run, monkeypatch, bug, changes):
+    def load_with_bug(checkpoint):
+        encoder, recipe = load_encoder(checkpoint)
+        bug(encoder)
+        return encoder, recipe
+
+    run = make_run(changes)
+    monkeypatch.setattr(export, "load_encoder", load_with_bug)
+    with pytest.raises(ValueError, match="NOT exported"):
+        export_timm(run)
+    assert list((run / "export").iterdir()) == []
+
+
+def test_swapped_positions_are_caught(make_run, monkeypatch):
+    weights_of = export.timm_weights
+
+    def swapped(encoder):
+        weights = weights_of(encoder)
+        grid = rearrange(weights["pos_embed"][:, 1:], "b (h w) d -> b (w h) d", h=4)
+        return {**weights, "pos_embed": torch.cat([weights["pos_embed"][:, :1], grid], dim=1).contiguous()}
+
+    run = make_run()
+    monkeypatch.setattr(export, "timm_weights", swapped)
+    with pytest.raises(ValueError, match="largest difference"):
+        export_timm(run)
+    assert list((run / "export").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("pool", "fault"),
+    [
+        ("cls", {"act_layer": "gelu_tanh"}),
+        ("mean", {"fc_norm": None}),  # timm's default: pool, then norm; our norm would be dropped
+        ("cls", {"depth": 2}),
+        ("cls", {"img_size": 32}),  # timm would resize the positions without a word
+        ("cls", {"global_pool": "avg"}),
+        ("cls", {"num_classes": 3}),
+        ("cls", {"not_an_argument": 1}),
+    ],
+)
+def test_fault_in_the_config_is_caught(make_run, monkeypatch, pool, fault):
+    config_of = export.timm_config
+
+    def faulty(encoder, mean, std):
+        config = config_of(encoder, mean, std)
+        return {**config, "model_args": {**config["model_args"], **fault}}
+
+    run = make_run({"encoder": {"pool": pool}})
+    monkeypatch.setattr(export, "timm_config", faulty)
+    with pytest.raises(ValueError):
+        export_timm(run)
+    assert list((run / "export").iterdir()) == []
+
+
+def test_verify_sees_nan_and_missing_weights(make_run):
+    folder = export_timm(make_run()).folder
+    encoder, _ = load_encoder(folder.parents[1])
+    with torch.no_grad():
+        encoder.norm.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="NOT exported"):
+        verify(folder, encoder)
+    weights = {k: v for k, v in export.timm_weights(encoder).items() if k != "blocks.0.norm1.bias"}
+    export.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="norm1.bias"):
+        verify(folder, encoder)
+
+
+def test_verify_restores_the_precision_it_needs(make_run):
+    run = make_run()
+    torch.set_float32_matmul_precision("medium")
+    export_timm(run)
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_without_transformers_it_says_so(make_run, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find_spec(name))
+    report = export_timm(make_run())
+    assert report.notes == ("not checked in transformers: not installed",)
+    assert {check.library.split()[0] for check in report.checks} == {"timm"}
+    assert "not checked in transformers: not installed" in (report.folder / "README.md").read_text()
+
+
+def test_sources_and_targets(make_run, tmp_path):
+    run = make_run()
+    checkpoint, _ = find_checkpoint(run)
+    assert export_timm(checkpoint).folder == run / "export" / "timm-step-7"
+    with pytest.raises(ValueError, match="already exists; remove it, or give another folder with --out"):
+        export_timm(run)
+    assert export_timm(run, tmp_path / "deep" / "er").folder == tmp_path / "deep" / "er"
+    (tmp_path / "moved").mkdir()
+    moved = checkpoint.rename(tmp_path / "moved" / "step")
+    with pytest.raises(ValueError, match="--out"):
+        export_timm(moved)
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        export_timm(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="NOT written"):
+        export_timm(moved, moved / "state.json" / "x")
+
+
+def test_damaged_newest_checkpoint_is_reported(make_run):
+    run = make_run(step=7)
+    make_run(step=9)
+    (run / "checkpoints" / "step-00000009" / "objective.safetensors").write_bytes(b"no")
+    report = export_timm(run)
+    assert report.step == 7
+    assert "step-00000009: damaged checkpoint passed over" in report.notes[0]
+
+
+def test_card_states_the_run_and_no_private_path(make_run):
+    changes = {"data": {"shards": "/home/someone/digits/train"}, "encoder": {"pool": "mean"}}
+    text = (export_timm(make_run(changes)).folder / "README.md").read_text()
+    _, header, body = text.split("---\n", 2)
+    assert yaml.safe_load(header)["library_name"] == "timm"
+    for fact in ("1792 samples", "7 optimizer steps", "mean over patch tokens", "f1ngerpr1nt", "[0.4, 0.5, 0.6]",
+                 "largest difference", "mask_ratio: 0.75", "local-dir:"):  # fmt: skip
+        assert fact in body
+    assert "someone" not in text and "digits/train" in text
+
+
+def test_command_prints_what_was_measured(make_run, capsys):
+    run = make_run()
+    main_export(run)
+    out = capsys.readouterr().out
+    assert "float32: largest difference" in out and "float64: largest difference" in out
+    assert str(run / "export" / "timm-step-7") in out
+
+
+def test_config_has_num_classes_at_the_top_only(make_run):
+    config = json.loads((export_timm(make_run()).folder / "config.json").read_text())
+    assert config["num_classes"] == 0
+    assert "num_classes" not in config["model_args"] and "num_classes" not in config["pretrained_cfg"]

@@ -1,0 +1,149 @@
+"""An interrupted run equals one never stopped, bit for bit: losses, weights, optimizer, samples, masks."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from running import Server, final_state, kill, losses, make_shards, metrics, read_trace, wait_for, write_config
+
+from selfsup.train import INTERRUPTED
+
+SEEDS = range(20)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    bench = Bench(folder)
+    yield bench
+    bench.server.close()
+
+
+class Bench:
+    def __init__(self, folder):
+        self.folder, self.server = folder, Server()
+        self.config = write_config(folder, make_shards(folder / "shards"))
+        self.references = {}
+
+    def arguments(self, name, workers):
+        # drop path needs torch's generator, so its state is put to the test too
+        return [self.config, "--run.dir", self.folder / name, "--run.workers", workers, "--encoder.drop-path", 0.2]
+
+    def reference(self, ranks):
+        """An uninterrupted run, its duration, and what it saw."""
+        if ranks not in self.references:
+            name = f"reference-{ranks}"
+            began = time.monotonic()
+            self.server.run(self.arguments(name, 0), self.folder / "log", ranks, trace=str(self.folder / f"{name}.trace"))
+            self.references[ranks] = (self.folder / name, time.monotonic() - began)
+        return self.references[ranks]
+
+    def resume(self, name, ranks, **options):
+        log = self.folder / "log"
+        options.setdefault("trace", str(self.folder / f"{name}.resumed"))
+        arguments = ["--resume", self.folder / name]
+        if not list((self.folder / name).glob("checkpoints/step-*")):  # killed before its first checkpoint
+            shutil.rmtree(self.folder / name)
+            arguments = self.arguments(name, 0)
+        self.server.run(arguments, log, ranks, **options)
+
+
+def check_equal(bench, name, ranks):
+    reference, _ = bench.reference(ranks)
+    run = bench.folder / name
+    assert losses(run) == losses(reference)
+    assert final_state(run) == final_state(reference)
+    whole = [read_trace(bench.folder / f"reference-{ranks}.trace", kind, ranks, 1) for kind in ("batch", "noise")]
+    tail = [read_trace(bench.folder / f"{name}.resumed", kind, ranks, 1) for kind in ("batch", "noise")]
+    for full, rest in zip(whole, tail, strict=True):
+        assert 0 < len(rest) <= 20 and full[-len(rest) :] == rest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kill_minus_nine_at_a_random_moment(bench, seed):
+    """Workers 0, 1, 2; one process, every fourth time two; every third kill falls into a save."""
+    ranks, workers, name = 2 if seed % 4 == 3 else 1, seed % 3, f"killed-{seed}"
+    _, duration = bench.reference(ranks)
+    rng, run = random.Random(seed), bench.folder / name
+    pids = bench.server.start(bench.arguments(name, workers), bench.folder / "log", ranks)
+    if seed % 3 == 0:
+        nth = rng.randrange(1, 6)
+        wait_for(lambda: list(run.glob(f"checkpoints/.tmp-{3 * nth:08d}")) or list(run.glob(f"checkpoints/step-{3 * nth:08d}")), pause=0)
+    else:
+        wait_for(lambda: (run / "metrics.jsonl").exists())
+        time.sleep(rng.random() * 0.7 * duration)
+    kill(pids)
+    bench.server.wait(pids)
+    assert not (run / "outcome.json").exists(), "killed too late: it had finished"
+    bench.resume(name, ranks)
+    check_equal(bench, name, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ranks,workers", [(1, 2), (2, 1)])
+def test_a_signal_saves_at_the_end_of_the_step(bench, number, ranks, workers):
+    name = f"stopped-{number}-{ranks}"
+    run = bench.folder / name
+    log = bench.folder / f"{name}.log"
+    arguments = [*bench.arguments(name, workers), "--run.checkpoint-every", 1000]
+    pids = bench.server.start(arguments, log, ranks)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 2)
+    kill(pids[:1] if number == signal.SIGINT else pids, number)  # one rank's signal stops all of them together
+    assert bench.server.wait(pids) == [INTERRUPTED] * ranks, log.read_text()
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["state"] == "interrupted" and 2 <= outcome["step"] < 20
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{outcome['step']:08d}"]
+    assert f"{signal.Signals(number).name}: saving at the end of this step" in log.read_text()
+    bench.resume(name, ranks)
+    check_equal(bench, name, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", [None, "reordered_buckets"])
+def test_four_processes(bench, mutant):
+    """DDP reorders its buckets after the first backward pass unless told not to."""
+    name = f"stopped-four-{mutant}"
+    run = bench.folder / name
+    pids = bench.server.start(bench.arguments(name, 0), bench.folder / "log", 4, mutant=mutant)
+    wait_for(lambda: list(run.glob("checkpoints/step-00000006")))
+    kill(pids)
+    bench.server.wait(pids)
+    bench.resume(name, 4, mutant=mutant)
+    if mutant is None:
+        check_equal(bench, name, 4)
+    else:
+        with pytest.raises(AssertionError):
+            check_equal(bench, name, 4)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_batches(bench):
+    reference, _ = bench.reference(1)
+    name = "elastic"
+    pids = bench.server.start(bench.arguments(name, 0), bench.folder / "log", 2)
+    wait_for(lambda: list((bench.folder / name).glob("checkpoints/step-00000006")))
+    kill(pids)
+    bench.server.wait(pids)
+    bench.resume(name, 4)
+    whole = read_trace(bench.folder / "reference-1.trace", "batch", 1, 1)
+    rest = read_trace(bench.folder / f"{name}.resumed", "batch", 4, 1)
+    assert 0 < len(rest) < 20 and whole[-len(rest) :] == rest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", ["counting_in_workers", "random_augmentation", "unseeded_model", "forgotten_optimizer"])
+def test_planted_bugs_are_caught(bench, mutant):
+    name = f"mutant-{mutant}"
+    run = bench.folder / name
+    pids = bench.server.start(bench.arguments(name, 0), bench.folder / "log", mutant=mutant)
+    wait_for(lambda: list(run.glob("checkpoints/step-00000006")))
+    kill(pids)
+    bench.server.wait(pids)
+    bench.resume(name, 1, mutant=mutant)
+    with pytest.raises(AssertionError):
+        check_equal(bench, name, 1)

@@ -1,0 +1,118 @@
+"""`selfsup train` with a test's instruments: what a rank saw, float64, or a planted bug.
+
+Run as a script it is one rank under torchrun. `serve` keeps one warm process that forks ranks on
+request, so that a test of twenty kills does not import torch sixty times; the ranks are real
+processes in their own process groups either way.
+"""
+
+import json
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import mutants
+import torch
+
+from selfsup import dist, start
+from selfsup.objectives.mae import MAE
+from selfsup.train import main
+
+
+def instrument(options: dict) -> None:
+    """options: trace (a path: one JSON line a micro-batch and rank), float64, mutant (a name in mutants.py)."""
+    torch.set_num_threads(1)
+    if options.get("float64"):
+        torch.set_default_dtype(torch.float64)
+    if options.get("mutant"):
+        getattr(mutants, options["mutant"])()
+    if options.get("trace"):
+        trace(Path(options["trace"]))
+
+
+def trace(path: Path) -> None:
+    """Writes what enters the model: epoch, position and row of each sample, CRC32 of its pixels and its mask noise."""
+    opened: dict[str, object] = {}
+    original_batches, original_noise = start.open_batches, MAE.noise
+
+    def write(kind: str, rows: list) -> None:
+        file = opened.setdefault("file", open(f"{path}.{dist.rank()}", "a"))  # noqa: SIM115
+        file.write(json.dumps([kind, rows]) + "\n")
+        file.flush()
+
+    def open_batches(*arguments):
+        inner = original_batches(*arguments)
+        try:
+            for batch in inner:
+                pixels = [zlib.crc32(image.numpy().tobytes()) for image in batch.images]
+                write("batch", list(zip(batch.epoch.tolist(), batch.position.tolist(), batch.index.tolist(), pixels)))
+                yield batch
+        finally:
+            inner.close()
+
+    def noise(self, batch):
+        drawn = original_noise(self, batch)
+        write("noise", [zlib.crc32(row.numpy().tobytes()) for row in drawn])
+        return drawn
+
+    start.open_batches, MAE.noise = open_batches, noise
+
+
+def serve() -> None:
+    """One JSON request a line on stdin: {arguments, ranks, port, options, log} forks, {wait: [pid]} reaps."""
+    warm_up()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in request["wait"]]
+            print(json.dumps(codes), flush=True)
+            continue
+        pids = []
+        for rank in range(request["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                become_rank(rank, request)
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+
+
+def warm_up() -> None:
+    """Imports what a run imports on its way."""
+    import selfsup.data.sequential
+    import torchvision.transforms.v2  # noqa: F401
+
+
+def become_rank(rank: int, request: dict) -> None:
+    """Turns the forked process into one rank; never returns."""
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if request["ranks"] > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"],
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}  # fmt: skip
+        os.environ.update({key: str(value) for key, value in names.items()})
+    code = 1
+    try:
+        instrument(request["options"])
+        code = main(request["arguments"])
+    except SystemExit as leaving:
+        code = leaving.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        instrument(json.loads(os.environ.get("SELFSUP_TEST", "{}")))
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Bugs that distributed training codes really had, each planted by name; every one must be caught."""
+
+import torch
+
+from selfsup import checkpoint, dist, start, train
+from selfsup.data import images
+from selfsup.objectives import base, mae
+
+
+def rank_in_the_key() -> None:
+    """Masks drawn from (seed + rank)."""
+    original = mae.random_bits
+
+    def random_bits(seed, *rest):
+        return original(seed + dist.rank(), *rest)
+
+    mae.random_bits = random_bits
+
+
+def mean_of_means() -> None:
+    """Each micro-batch divides by its own number of targets."""
+
+    def forward(self, batch, total):
+        pred, mask = self.predict(batch.images, self.noise(batch))
+        target = mae.patchify(batch.images, self.encoder.config.patch_size)
+        return base.Output(mae.mae_loss(pred, target, mask, self.config.norm_pix_loss).mean(), {})
+
+    mae.MAE.forward = forward
+
+
+def no_world_factor() -> None:
+    """The local sum over the global total, averaged once more by DDP."""
+    mae.global_mean = lambda local_sum, total: local_sum / total
+
+
+def prepared_loader() -> None:
+    """The rank's own batches sharded once more, as accelerator.prepare(loader) does."""
+    original = start.open_batches
+
+    def open_batches(*arguments):
+        for number, batch in enumerate(original(*arguments)):
+            if number % dist.world_size() == dist.rank():
+                yield batch
+
+    start.open_batches = open_batches
+
+
+def schedule_per_process() -> None:
+    """The scheduler stepped once per process, as a prepared scheduler is."""
+    from selfsup.optim import OptimConfig
+
+    original = OptimConfig.lr
+    OptimConfig.lr = lambda self, step: original(self, min(step * dist.world_size(), self.steps - 1))
+
+
+def counting_in_workers() -> None:
+    """The cursor saved is how far the loader has read ahead, not what the optimizer has seen."""
+    original = checkpoint.save_checkpoint
+
+    def save_checkpoint(run_dir, state):
+        return original(run_dir, state._replace(samples=state.samples + 2 * state.recipe.optim.batch_size))
+
+    checkpoint.save_checkpoint = save_checkpoint
+
+
+def random_augmentation() -> None:
+    """Crops from a generator instead of from the key."""
+    original = images.crop_boxes
+
+    def crop_boxes(seed, epoch, position, *rest):
+        return original(int(torch.randint(2**31, ()).item()), epoch, position, *rest)
+
+    images.crop_boxes = crop_boxes
+
+
+def unseeded_model() -> None:
+    """Dropout and drop path from wherever torch's generator happens to stand."""
+    train.seed_model = lambda seed, step, micro: None
+
+
+def forgotten_optimizer() -> None:
+    """A resume with fresh moments."""
+    checkpoint.optimizer_from_names = lambda optimizer, tensors, groups: None
+
+
+def reordered_buckets() -> None:
+    """DDP as it comes: after the first backward pass it sums in another order."""
+    original = start.DistributedDataParallelKwargs
+    start.DistributedDataParallelKwargs = lambda find_unused_parameters: original()

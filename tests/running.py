@@ -1,0 +1,137 @@
+"""Starting real training processes from tests, and reading what they left behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+
+from selfsup.data.pack import pack_arrays
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+CONFIG = """
+objective: {name: mae, decoder_embed_dim: 32, decoder_depth: 1, decoder_num_heads: 2}
+encoder: {img_size: 16, patch_size: 4, in_chans: 1, embed_dim: 32, depth: 4, num_heads: 2}
+data: {mean: [0.4], std: [0.3]}
+optim: {steps: 20, batch_size: 16, base_lr: 1.0e-2}
+run: {workers: 0, log_every: 1, checkpoint_every: 3, picture_every: 0}
+"""
+
+
+def make_shards(folder: Path, samples: int = 83, per_shard: int = 30) -> Path:
+    """Small grey images of structured noise in several shards of unequal size."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (samples, 4, 5, 1)).repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
+    pack_arrays(images, np.arange(samples) % 3, ["a", "b", "c"], folder, per_shard)
+    return folder
+
+
+def write_config(folder: Path, shards: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.replace("data: {", f"data: {{shards: {shards}, "))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Server:
+    """A warm process that forks training ranks (see launcher.py)."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "launcher.py"), "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, **request) -> list[int]:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, arguments: list, log: Path, ranks: int = 1, **options) -> list[int]:
+        """Forks the ranks of one run; returns their process ids."""
+        arguments = [str(a) for a in arguments] + ["--run.expect-processes", str(ranks)]
+        return self.ask(arguments=arguments, ranks=ranks, port=free_port(), options=options, log=str(log))
+
+    def wait(self, pids: list[int]) -> list[int]:
+        return self.ask(wait=pids)
+
+    def run(self, arguments: list, log: Path, ranks: int = 1, **options) -> None:
+        """A whole run; every rank must end well."""
+        codes = self.wait(self.start(arguments, log, ranks, **options))
+        assert codes == [0] * ranks, f"{codes}\n{log.read_text()}"
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue  # it had already ended
+
+
+def torchrun(ranks: int, arguments: list, options: dict | None = None) -> subprocess.CompletedProcess:
+    """A run under the real torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += [str(TESTS / "launcher.py"), *map(str, arguments), "--run.expect-processes", str(ranks)]
+    env = {**os.environ, "SELFSUP_TEST": json.dumps(options or {}), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def wait_for(condition, seconds: float = 60.0, pause: float = 0.001) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(pause)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every logged step."""
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(run)]
+
+
+def final_state(run: Path) -> dict[str, bytes]:
+    """The bytes of the newest checkpoint that must not depend on interruptions."""
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    state = json.loads((newest / "state.json").read_text())
+    files = {name: (newest / name).read_bytes() for name in ("objective.safetensors", "optimizer.safetensors")}
+    return {**files, "counters": repr((state["step"], state["samples"], state["optimizer"])).encode()}
+
+
+def first_gradients(run: Path) -> dict:
+    """The gradients of a run's first step, out of Adam's first moment (1 - beta1) * g, in float64."""
+    tensors = load_file(run / "checkpoints" / "step-00000001" / "optimizer.safetensors")
+    return {k.split(":", 1)[1]: v.double() / 0.1 for k, v in tensors.items() if k.startswith("exp_avg:")}
+
+
+def read_trace(path: Path, kind: str, ranks: int, accumulation: int) -> list[list]:
+    """Global batches in order: for each step the rows of micro-batch 0 of every rank, then micro-batch 1, ..."""
+    per_rank = []
+    for rank in range(ranks):
+        lines = [json.loads(line) for line in Path(f"{path}.{rank}").read_text().splitlines()]
+        per_rank.append([rows for found, rows in lines if found == kind])
+    steps = min(map(len, per_rank)) // accumulation
+    return [
+        [row for a in range(accumulation) for rank in range(ranks) for row in per_rank[rank][step * accumulation + a]]
+        for step in range(steps)
+    ]
