@@ -14,7 +14,7 @@ from torch import Tensor
 from selfsup import checkpoint, dist
 from selfsup.batch import ImageBatch
 from selfsup.checkpoint import TrainState
-from selfsup.config import Section, dump_yaml, read_yaml, validate
+from selfsup.config import dump_yaml, merge, read_yaml, validate
 from selfsup.data.images import train_batches
 from selfsup.data.index import ShardIndex, check_shards, open_shards
 from selfsup.data.order import ORDER_VERSION, BatchPlan
@@ -175,8 +175,8 @@ def dry_run(recipe: Recipe) -> None:
 
 def print_help(config: Path | None) -> None:
     """How to call `selfsup train`, and every key of a recipe with its default and meaning."""
-    content = read_yaml(config) if config is not None else {"data": {"shards": "DIR"}, "run": {"dir": "DIR"}}
-    recipe = validate(Recipe, content)
+    required = {"data": {"shards": "DIR"}, "run": {"dir": "DIR"}}
+    recipe = validate(Recipe, merge(required, read_yaml(config)) if config is not None else required)
     usage = (
         "selfsup train CONFIG [--key value ...]   a new run\n"
         "selfsup train --resume DIR               an interrupted run goes on (only --run.* may change)\n"

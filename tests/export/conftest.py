@@ -22,7 +22,7 @@ CONTENT = {
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """make_run({"encoder": {...}}, name="run", step=7) -> run folder; every tensor is off its initial value."""
+    """make_run({"encoder": {...}}, name="run", step=7) -> run folder; no tensor has its initial value."""
 
     def make(changes: dict[str, Any] | None = None, name: str = "run", step: int = 7) -> Path:
         recipe = validate(Recipe, merge(CONTENT, changes or {}))

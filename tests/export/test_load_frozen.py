@@ -1,4 +1,4 @@
-"""One doorway: our runs, timm's and Hugging Face's folders and names give the features their libraries give."""
+"""One doorway: runs, timm's and Hugging Face's models give the features their libraries give."""
 
 import json
 
@@ -44,6 +44,9 @@ def test_saved_by_transformers_from_our_export(make_run, tmp_path):
     assert torch.allclose(theirs.features(IMAGES), ours.features(IMAGES), atol=1e-5)
 
 
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1}
+
+
 def timm_folder(path, name, **arguments):
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, **arguments).eval()
@@ -52,9 +55,7 @@ def timm_folder(path, name, **arguments):
 
 
 def test_timm_folders_of_others_lose_their_head_and_nothing_else(tmp_path):
-    vit = timm_folder(
-        tmp_path / "vit", "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1, global_pool="avg"
-    )
+    vit = timm_folder(tmp_path / "vit", "vit_tiny_patch16_224", **SMALL, global_pool="avg")
     torch.nn.init.normal_(vit.fc_norm.weight)
     save_file(vit.state_dict(), tmp_path / "vit" / "model.safetensors")
     expected = vit.forward_head(vit.forward_features(IMAGES), pre_logits=True)
@@ -67,7 +68,7 @@ def test_timm_folders_of_others_lose_their_head_and_nothing_else(tmp_path):
 
 
 def test_timm_folder_with_a_missing_weight_is_refused(tmp_path):
-    timm_folder(tmp_path / "vit", "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1)
+    timm_folder(tmp_path / "vit", "vit_tiny_patch16_224", **SMALL)
     weights = load_file(tmp_path / "vit" / "model.safetensors")
     del weights["norm.weight"]
     save_file(weights, tmp_path / "vit" / "model.safetensors")
@@ -75,8 +76,18 @@ def test_timm_folder_with_a_missing_weight_is_refused(tmp_path):
         load_frozen(str(tmp_path / "vit"))
 
 
-SIZES = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "intermediate_size": 48}  # fmt: skip
+SIZES = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+def tiny_vit():
+    return transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False)
 
 
 def huggingface_folder(path, model, **processor):
@@ -88,11 +99,8 @@ def huggingface_folder(path, model, **processor):
 
 
 def test_huggingface_vit_gives_its_class_token(tmp_path):
-    config = transformers.ViTConfig(**SIZES)
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-    model = huggingface_folder(
-        tmp_path, transformers.ViTModel(config, add_pooling_layer=False), image_mean=mean, image_std=std
-    )
+    model = huggingface_folder(tmp_path, tiny_vit(), image_mean=mean, image_std=std)
     frozen = load_frozen(str(tmp_path))
     assert frozen.mean == tuple(mean) and frozen.std == tuple(std) and frozen.img_size == 16
     expected = model(IMAGES).last_hidden_state[:, 0]
@@ -100,8 +108,8 @@ def test_huggingface_vit_gives_its_class_token(tmp_path):
 
 
 def test_huggingface_mae_is_not_masked(tmp_path):
-    config = transformers.ViTMAEConfig(**SIZES, decoder_hidden_size=16, decoder_num_hidden_layers=1,
-                                       decoder_num_attention_heads=2, mask_ratio=0.75)  # fmt: skip
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    config = transformers.ViTMAEConfig(**SIZES, **decoder, mask_ratio=0.75)
     model = huggingface_folder(tmp_path, transformers.ViTMAEForPreTraining(config))
     frozen = load_frozen(str(tmp_path))
     first = frozen.features(IMAGES)
@@ -121,17 +129,17 @@ def test_huggingface_models_without_a_class_token_are_averaged(tmp_path):
 
 
 def test_huggingface_input_scales_other_than_ours_are_refused(tmp_path):
-    config = transformers.ViTConfig(**SIZES)
-    huggingface_folder(tmp_path, transformers.ViTModel(config, add_pooling_layer=False), rescale_factor=1 / 127.5)
+    huggingface_folder(tmp_path, tiny_vit(), rescale_factor=1 / 127.5)
     with pytest.raises(ValueError, match="1/255"):
         load_frozen(str(tmp_path))
 
 
 def test_missing_huggingface_weights_are_refused(tmp_path):
-    huggingface_folder(tmp_path, transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
+    huggingface_folder(tmp_path, tiny_vit())
     weights = load_file(tmp_path / "model.safetensors")
     gone = next(key for key in weights if "layernorm_before.weight" in key)
-    save_file({k: v for k, v in weights.items() if k != gone}, tmp_path / "model.safetensors", {"format": "pt"})
+    del weights[gone]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="layernorm_before.weight"):
         load_frozen(str(tmp_path))
 
@@ -199,7 +207,7 @@ def test_code_in_a_folder_is_never_run(tmp_path):
 
 def test_normalisation_of_a_huggingface_model_is_its_own_processor(tmp_path):
     """Our resize-free path and its processor feed the model the same numbers."""
-    huggingface_folder(tmp_path, transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
+    huggingface_folder(tmp_path, tiny_vit())
     frozen = load_frozen(str(tmp_path))
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)

@@ -32,14 +32,14 @@ class Bench:
         # drop path needs torch's generator, so its state is put to the test too
         return [self.config, "--run.dir", self.folder / name, "--run.workers", workers, "--encoder.drop-path", 0.2]
 
-    def reference(self, ranks):
-        """An uninterrupted run, its duration, and what it saw."""
-        if ranks not in self.references:
-            name = f"reference-{ranks}"
-            began = time.monotonic()
-            self.server.run(self.arguments(name, 0), self.folder / "log", ranks, trace=str(self.folder / f"{name}.trace"))
-            self.references[ranks] = (self.folder / name, time.monotonic() - began)
-        return self.references[ranks]
+    def reference(self, ranks, mutant=None):
+        """An uninterrupted run, and its duration."""
+        key = f"reference-{ranks}-{mutant}"
+        if key not in self.references:
+            began, trace = time.monotonic(), str(self.folder / f"{key}.trace")
+            self.server.run(self.arguments(key, 0), self.folder / "log", ranks, trace=trace, mutant=mutant)
+            self.references[key] = (self.folder / key, time.monotonic() - began)
+        return self.references[key]
 
     def resume(self, name, ranks, **options):
         log = self.folder / "log"
@@ -51,12 +51,12 @@ class Bench:
         self.server.run(arguments, log, ranks, **options)
 
 
-def check_equal(bench, name, ranks):
-    reference, _ = bench.reference(ranks)
+def check_equal(bench, name, ranks, mutant=None):
+    reference, _ = bench.reference(ranks, mutant)
     run = bench.folder / name
     assert losses(run) == losses(reference)
     assert final_state(run) == final_state(reference)
-    whole = [read_trace(bench.folder / f"reference-{ranks}.trace", kind, ranks, 1) for kind in ("batch", "noise")]
+    whole = [read_trace(f"{reference}.trace", kind, ranks, 1) for kind in ("batch", "noise")]
     tail = [read_trace(bench.folder / f"{name}.resumed", kind, ranks, 1) for kind in ("batch", "noise")]
     for full, rest in zip(whole, tail, strict=True):
         assert 0 < len(rest) <= 20 and full[-len(rest) :] == rest
@@ -118,7 +118,7 @@ def test_four_processes(bench, mutant):
         check_equal(bench, name, 4)
     else:
         with pytest.raises(AssertionError):
-            check_equal(bench, name, 4)
+            check_equal(bench, name, 4, mutant)
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(bench):
     kill(pids)
     bench.server.wait(pids)
     bench.resume(name, 4)
-    whole = read_trace(bench.folder / "reference-1.trace", "batch", 1, 1)
+    whole = read_trace(f"{reference}.trace", "batch", 1, 1)
     rest = read_trace(bench.folder / f"{name}.resumed", "batch", 4, 1)
     assert 0 < len(rest) < 20 and whole[-len(rest) :] == rest
 
@@ -146,4 +146,4 @@ def test_planted_bugs_are_caught(bench, mutant):
     bench.server.wait(pids)
     bench.resume(name, 1, mutant=mutant)
     with pytest.raises(AssertionError):
-        check_equal(bench, name, 1)
+        check_equal(bench, name, 1, mutant)

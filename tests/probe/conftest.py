@@ -15,6 +15,7 @@ from selfsup.data.pack import pack_arrays
 from selfsup.optim import build_optimizer
 from selfsup.recipe import Recipe
 
+SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 CLASSES = [str(i) for i in range(10)]
 
 
@@ -31,12 +32,12 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_run(tmp_path: Path, digits: Path) -> Callable[..., Path]:
-    """make_run({"seed": 1}, name="run", step=7) -> run folder; its weights are a little off the initial ones."""
+    """make_run({"seed": 1}, name="run", step=7) -> run folder; weights a little off the initial ones."""
 
     def make(changes: dict[str, Any] | None = None, name: str = "run", step: int = 7) -> Path:
         content = {
             "objective": {"decoder_embed_dim": 8, "decoder_depth": 0, "decoder_num_heads": 2},
-            "encoder": {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2},
+            "encoder": {"img_size": 8, "patch_size": 2, "in_chans": 1, **SIZES},
             "data": {"shards": str(digits / "train"), "mean": [0.3], "std": [0.4]},
             "run": {"dir": "r"},
         }

@@ -151,7 +151,8 @@ def test_random_encoder_is_the_runs_own_start(make_run):
     random = random_encoder(recipe, 5)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(expected[k], v) for k, v in random.module.state_dict().items())
-    assert not all(torch.equal(expected[k], v) for k, v in random_encoder(recipe, 6).module.state_dict().items())
+    other = random_encoder(recipe, 6).module.state_dict()
+    assert not all(torch.equal(expected[k], v) for k, v in other.items())
 
 
 def test_device():

@@ -53,27 +53,29 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.offset)
 
-    def key(self, row: int) -> str:
+    def key(self, row: int | np.integer) -> str:
         """The sample's webdataset key."""
         start, end = self.key_offsets[row], self.key_offsets[row + 1]
         return self.key_bytes[start:end].tobytes().decode()
 
-    def name(self, row: int) -> str:
+    def name(self, row: int | np.integer) -> str:
         """`shard-000003.tar: cat/0042`, for messages."""
         return f"{self.folder / self.shards[self.shard[row]].name}: {self.key(row)}"
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything the index says, shard hashes included: equal means same data."""
-        digest = hashlib.sha256(self._header().encode())
+        """SHA-256 of what the index says of its samples and shards: equal means the same data."""
+        digest = hashlib.sha256(json.dumps(self._shard_table()).encode())
         for name, array in self._tensors().items():
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
+    def _shard_table(self) -> list[list[str | int]]:
+        return [[shard.name, shard.size, shard.sha256, shard.samples] for shard in self.shards]
+
     def _header(self) -> str:
-        shards = [[s.name, s.size, s.sha256, s.samples] for s in self.shards]
-        header = {"version": INDEX_VERSION, "shards": shards, "classes": self.classes}
+        header = {"version": INDEX_VERSION, "shards": self._shard_table(), "classes": self.classes}
         return json.dumps({**header, "skipped": self.skipped}, sort_keys=True)
 
     def _tensors(self) -> dict[str, np.ndarray]:

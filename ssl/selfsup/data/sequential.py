@@ -5,7 +5,8 @@ printed when training starts.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class _Stream(IterableDataset):
             yield self._batch(images, counts * readers + reader)
             count += self.plan.micro_batch
 
-    def _pipeline(self, reader: int) -> wds.WebDataset:
+    def _pipeline(self, reader: int) -> Iterable[dict[str, Any]]:
         """Samples (still encoded) of this reader's shards without end; ends only where there are none."""
         seed = int(random_bits(self.seed, 0, np.array(reader), Purpose.ORDER, 1, view=48)[0])
         shuffle = self.config.order != "sequential"
@@ -115,7 +116,7 @@ class _Stream(IterableDataset):
             pipeline = pipeline.compose(wds.filters.detshuffle(_BUFFER, _BUFFER, seed))
         return pipeline.repeat()
 
-    def _decode(self, sample: dict) -> np.ndarray:
+    def _decode(self, sample: dict[str, Any]) -> np.ndarray:
         # Our own decoder on an allowlist of extensions; webdataset's .decode() would unpickle.
         data = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
         return decode_image(data, self.channels, f"{sample['__url__']}: {sample['__key__']}")
@@ -131,5 +132,5 @@ class _Stream(IterableDataset):
         )
 
 
-def _has_image(sample: dict) -> bool:
+def _has_image(sample: dict[str, Any]) -> bool:
     return any(extension in sample for extension in IMAGE_EXTENSIONS)

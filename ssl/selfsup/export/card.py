@@ -31,7 +31,8 @@ class Check(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        return f"{self.library}, {self.dtype}: largest difference {self.difference:.1e} (limit {self.limit:.1e})"
+        found = f"largest difference {self.difference:.1e} (limit {self.limit:.1e})"
+        return f"{self.library}, {self.dtype}: {found}"
 
 
 def model_card(
@@ -57,12 +58,14 @@ def model_card(
         "",
         f"# {encoder.name} {encoder.embed_dim}/{encoder.depth}/{encoder.num_heads}, {recipe.objective.name}",
         "",
-        f"A vision transformer (width {encoder.embed_dim}, {encoder.depth} blocks, {encoder.num_heads} heads, "
-        f"patch {encoder.patch_size}) pretrained without labels by selfsup. An encoder for features: no classifier.",
+        f"A vision transformer (width {encoder.embed_dim}, {encoder.depth} blocks, {encoder.num_heads} "
+        f"heads, patch {encoder.patch_size}) pretrained without labels by selfsup. An encoder for "
+        "features: it has no classifier.",
         "",
         f"- Objective: `{recipe.objective.name}`. {(type(recipe.objective).__doc__ or '').splitlines()[0]}",
         f"- Data: `{_short(str(data.shards))}`",
-        f"- Training: {state['step']} optimizer steps, {state['samples']} samples (an image counts each time)",
+        f"- Training: {state['step']} optimizer steps, {state['samples']} samples (an image counts each "
+        "time it is seen)",
         f"- Input: {shape} pixels, scaled to [0, 1], then (x - mean) / std with mean {list(data.mean)}, "
         f"std {list(data.std)}; short side resized (bicubic), centre crop",
         f"- Feature: {encoder.embed_dim} numbers, {POOLING[encoder.pool]}",
@@ -73,8 +76,8 @@ def model_card(
         *_loading(shape.replace(" x ", ", ")),
         "## Verified when exported",
         "",
-        "Reloaded from this folder and compared with the trained encoder on a fixed random input, on a CPU, "
-        "all tokens and the pooled feature; missing, unexpected and mismatched weights: none.",
+        "Reloaded from this folder and compared with the trained encoder on a fixed random input, on a "
+        "CPU, all tokens and the pooled feature; missing, unexpected and mismatched weights: none.",
         "",
         *(f"- {check.sentence}" for check in checks),
         *(f"- {sentence}" for sentence in unchecked),
@@ -98,7 +101,8 @@ def _loading(shape: str) -> list[str]:
         "",
         'model = timm.create_model("local-dir:DIR", pretrained=True).eval()',
         f"features = model(torch.randn(1, {shape}))",
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # from a PIL image",
+        "data = timm.data.resolve_model_data_config(model)",
+        "transform = timm.data.create_transform(**data)  # a PIL image to a normalised tensor",
         "```",
         "",
         "```python",

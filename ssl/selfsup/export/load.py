@@ -94,11 +94,15 @@ def _from_folder(source: str, folder: Path) -> FrozenEncoder:
     try:
         config = json.loads((folder / "config.json").read_text())
     except OSError:
-        raise ValueError(f"{source}: neither a checkpoint nor a config.json in this folder; expected {ACCEPTED}") from None
+        raise ValueError(
+            f"{source}: neither a checkpoint nor a config.json in this folder; expected {ACCEPTED}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{source}: config.json is not JSON: {error}") from None
     if not isinstance(config, dict) or not {"model_type", "architecture"} & set(config):
-        raise ValueError(f"{source}: config.json has neither model_type nor architecture; expected {ACCEPTED}")
+        raise ValueError(
+            f"{source}: config.json has neither model_type nor architecture; expected {ACCEPTED}"
+        )
     names = ("model.safetensors", "model.safetensors.index.json")
     if not any((folder / name).exists() for name in names):
         raise ValueError(f"{source}: no model.safetensors in this folder; selfsup reads no pickled weights")
@@ -116,6 +120,7 @@ def _from_run(source: str, folder: Path) -> FrozenEncoder:
 def from_vit(encoder: ViT, recipe: Recipe, name: str) -> FrozenEncoder:
     """Our own encoder, frozen in place, fed as its recipe says."""
     config = recipe.encoder
+    size = f"{config.embed_dim}/{config.depth}/{config.num_heads}"
     return FrozenEncoder(
         name=name,
         module=_freeze(encoder),
@@ -123,7 +128,7 @@ def from_vit(encoder: ViT, recipe: Recipe, name: str) -> FrozenEncoder:
         in_chans=config.in_chans,
         mean=recipe.data.mean,
         std=recipe.data.std,
-        describe=f"{config.name} {config.embed_dim}/{config.depth}/{config.num_heads}, {POOLING[config.pool]}",
+        describe=f"{config.name} {size}, {POOLING[config.pool]}",
         pooled=encoder,
         recipe=recipe,
     )
@@ -158,7 +163,9 @@ def _from_timm(source: str, name: str, overlay: dict[str, Any] | None) -> Frozen
 
     # Created with the head it was saved with, because timm loads strictly only then: asked for
     # num_classes=0 it would drop a norm that does not fit, and only warn. The head goes after.
-    module = _or_one_line(source, lambda: timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay))
+    module = _or_one_line(
+        source, lambda: timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    )
     module.reset_classifier(0)
     data = timm.data.resolve_model_data_config(module)
     in_chans, height, width = data["input_size"]
@@ -198,7 +205,9 @@ def _from_transformers(source: str, name: str) -> FrozenEncoder:
     missing = sorted(key for key in map(str, info["missing_keys"]) if "pooler" not in key)
     wrong = missing + sorted(map(str, info["mismatched_keys"]))
     if wrong:
-        raise ValueError(f"{source}: transformers finds {len(wrong)} weights missing or misfit, first {wrong[0]}")
+        raise ValueError(
+            f"{source}: transformers finds {len(wrong)} weights missing or misfit, first {wrong[0]}"
+        )
     kind = module.config.model_type
     pooled, pooling = _transformers_pooling(module, kind)
     image = _transformers_input(source, module.config, processor)
@@ -217,7 +226,8 @@ def _transformers_pooling(module: Any, kind: str) -> tuple[Callable[[Tensor], Te
     if kind == "timm_wrapper":
         return lambda images: module(images).pooler_output, "timm's pooling"
     if kind == "vit_mae":
-        return lambda images: _unmasked_class_token(module, images), "class token of last_hidden_state, no mask"
+        pooling = "class token of last_hidden_state, no mask"
+        return lambda images: _unmasked_class_token(module, images), pooling
     if any(name.endswith("cls_token") for name, _ in module.named_parameters()):
         return lambda images: module(images).last_hidden_state[:, 0], "class token of last_hidden_state"
 
@@ -246,8 +256,9 @@ def _transformers_input(source: str, config: Any, processor: Any) -> _Input:
         in_chans = getattr(config, "num_channels", 3)
         size = getattr(config, "image_size", None) or _processor_size(processor)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        if getattr(processor, "do_rescale", True) and abs(getattr(processor, "rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
-            raise ValueError(f"{source}: expected pixels scaled by 1/255, it asks for {processor.rescale_factor}")
+        factor = getattr(processor, "rescale_factor", 1 / 255)
+        if getattr(processor, "do_rescale", True) and abs(factor * 255 - 1) > 1e-3:
+            raise ValueError(f"{source}: expected pixels scaled by 1/255, it asks for {factor}")
         normalises = getattr(processor, "do_normalize", False)
         mean = processor.image_mean if normalises else [0.0] * in_chans
         std = processor.image_std if normalises else [1.0] * in_chans

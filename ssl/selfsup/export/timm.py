@@ -12,9 +12,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,7 +45,13 @@ class ExportReport(NamedTuple):
     """What was passed over or not checked, a sentence each."""
 
 
-def main_export(run: Path, /, *, to: Literal["timm"] = "timm", out: Path | None = None) -> None:
+def main_export(
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    /,
+    *,
+    to: Literal["timm"] = "timm",
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+) -> None:
     """Write the pretrained encoder for other libraries; reloads it there and compares outputs.
 
     Args:
@@ -190,7 +197,9 @@ def _compare(
     largest = max(1.0, *(float(output.abs().max()) for output in ours))
     shapes = [[tuple(output.shape) for output in outputs] for outputs in (ours, theirs)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{folder}: {library} gives shapes {shapes[1]}, expected {shapes[0]}; NOT exported")
+        raise ValueError(
+            f"{folder}: {library} gives shapes {shapes[1]}, expected {shapes[0]}; NOT exported"
+        )
     difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     dtype = str(ours[0].dtype).removeprefix("torch.")
     check = Check(library, dtype, difference, tolerance * largest)
@@ -214,7 +223,8 @@ def _load_in_timm(folder: Path) -> _Target:
     try:
         module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder}: timm does not load it: {' '.join(str(error).split())}; NOT exported") from error
+        message = " ".join(str(error).split())
+        raise ValueError(f"{folder}: timm does not load it: {message}; NOT exported") from error
     # timm resizes what does not fit and logs what is missing: compare names and shapes ourselves.
     saved = {k: tuple(v.shape) for k, v in load_file(folder / "model.safetensors").items()}
     wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
@@ -248,7 +258,9 @@ def _load_in_transformers(folder: Path) -> _Target:
 
 def _expect_no_keys(folder: Path, library: str, kind: str, names: list[str]) -> None:
     if names:
-        raise ValueError(f"{folder}: {library} finds {len(names)} {kind} weights, first {names[0]}; NOT exported")
+        raise ValueError(
+            f"{folder}: {library} finds {len(names)} {kind} weights, first {names[0]}; NOT exported"
+        )
 
 
 @contextmanager

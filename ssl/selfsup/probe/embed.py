@@ -4,8 +4,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from safetensors.numpy import save_file
 
 from selfsup.checkpoint import fsync_path
@@ -15,11 +17,11 @@ from selfsup.probe.features import CROP, Device, Features, choose_device, encode
 
 
 def main_embed(
-    source: str,
-    shards: str,
+    source: Annotated[str, tyro.conf.arg(metavar="SOURCE")],
+    shards: Annotated[str, tyro.conf.arg(metavar="SHARDS")],
     /,
     *,
-    out: Path,
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")],
     device: Device = "auto",
     batch_size: int = 256,
     workers: int = 0,
@@ -60,7 +62,8 @@ def embed(
     writers: dict[str, Callable[[Path, Features, ShardIndex, str], None]]
     writers = {".npz": _write_npz, ".safetensors": _write_safetensors}
     if out.suffix not in writers:
-        raise ValueError(f"--out {out}: expected a file ending in .npz or .safetensors, got {out.suffix or 'no suffix'!r}")
+        got = out.suffix or "no suffix"
+        raise ValueError(f"--out {out}: expected a file ending in .npz or .safetensors, got {got}")
     if out.exists():
         raise ValueError(f"--out {out}: already exists; remove it, or give another name")
     index = open_shards(shards)

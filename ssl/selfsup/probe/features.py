@@ -28,7 +28,12 @@ class Features(NamedTuple):
 
 
 def pixel_features(
-    index: ShardIndex, img_size: int, channels: int, batch_size: int = 256, workers: int = 0, title: str = "pixels"
+    index: ShardIndex,
+    img_size: int,
+    channels: int,
+    batch_size: int = 256,
+    workers: int = 0,
+    title: str = "pixels",
 ) -> Features:
     """The images themselves as features: float32 (n, channels * img_size**2) in [0, 1].
 

@@ -17,7 +17,9 @@ RECIPE = {
 }
 
 
-def knn_accuracy(train: Features, test: Features, k: int = NEIGHBOURS, temperature: float = TEMPERATURE) -> float:
+def knn_accuracy(
+    train: Features, test: Features, k: int = NEIGHBOURS, temperature: float = TEMPERATURE
+) -> float:
     """Share of `test` classified rightly, 0..1, by the k nearest of `train` in cosine similarity.
 
     Each neighbour votes for its label with exp(similarity / temperature); no training, no random

@@ -61,7 +61,12 @@ class ProbeResult:
         content = asdict(self)
         content["scores"] = {
             kind: {
-                probe: {"mean": score.mean, "std": score.std, "values": score.values, "details": score.details}
+                probe: {
+                    "mean": score.mean,
+                    "std": score.std,
+                    "values": score.values,
+                    "details": score.details,
+                }
                 for probe, score in probes.items()
             }
             for kind, probes in self.scores.items()
@@ -83,7 +88,7 @@ def print_result(result: ProbeResult, console: Console) -> None:
     train, test = result.data["train"], result.data["test"]
     table = Table(
         title="accuracy on frozen features, %",
-        caption=f"{train['samples']} training and {test['samples']} test images of {train['classes']} classes",
+        caption=f"{train['samples']} training, {test['samples']} test images, {train['classes']} classes",
     )
     table.add_column("features")
     for name in ("logistic regression", "kNN"):
@@ -115,5 +120,8 @@ def _warnings(result: ProbeResult) -> list[str]:
         stopped = sum(not details["converged"] for details in scores["logreg"].details)
         if stopped:
             limit = result.recipe["logreg"]["max_iterations"]
-            lines.append(f"{ROWS[kind]}: {stopped} logistic regression(s) stopped at {limit} iterations, unconverged")
+            lines.append(
+                f"{ROWS[kind]}: {stopped} of {len(scores['logreg'].values)} logistic regressions stopped at "
+                f"{limit} iterations, not converged"
+            )
     return lines

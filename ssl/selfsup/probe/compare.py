@@ -5,10 +5,11 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
 
 from selfsup.data.index import ShardIndex, open_shards
@@ -32,12 +33,12 @@ _LIBRARIES = ("selfsup", "torch", "scikit-learn", "numpy")
 
 
 def main_probe(
-    runs: tuple[str, ...],
+    runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")],
     /,
     *,
-    train: str | None = None,
-    test: str | None = None,
-    out: Path | None = None,
+    train: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None,
+    test: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     device: Device = "auto",
     batch_size: int = 256,
     workers: int = 0,
@@ -48,7 +49,7 @@ def main_probe(
     Several runs that differ in their seed give means and standard deviations.
 
     Args:
-        runs: run or checkpoint folders of one recipe, or one timm or Hugging Face model: a folder, timm:NAME, hf:NAME.
+        runs: run or checkpoint folders of one recipe, or one model: a folder, timm:NAME, hf:NAME.
         train: shards with labels to fit on; default: the run's own data.shards.
         test: shards with labels to score on; default: the folder `test` beside the training shards.
         out: JSON to write; default RUN/probe/step-N-DATA.json in the first run folder.
@@ -85,7 +86,9 @@ def load_sources(sources: tuple[str, ...]) -> list[FrozenEncoder]:
     seeds: dict[int, str] = {}
     for encoder in encoders if rest else []:
         if encoder.recipe is None or first.recipe is None:
-            raise ValueError(f"{encoder.name}: only runs of selfsup are averaged; probe models one at a time")
+            raise ValueError(
+                f"{encoder.name}: only runs of selfsup are averaged; probe models one at a time"
+            )
         ours, theirs = _comparable(first), _comparable(encoder)
         unlike = sorted(key for key in ours if ours[key] != theirs[key])
         if unlike:
@@ -95,7 +98,9 @@ def load_sources(sources: tuple[str, ...]) -> list[FrozenEncoder]:
             )
         seed = encoder.recipe.seed
         if seed in seeds:
-            raise ValueError(f"{encoder.name}: has the seed of {seeds[seed]}, {seed}; give runs of different seeds")
+            raise ValueError(
+                f"{encoder.name}: has the seed of {seeds[seed]}, {seed}; give runs of different seeds"
+            )
         seeds[seed] = encoder.name
     return encoders
 
@@ -103,7 +108,8 @@ def load_sources(sources: tuple[str, ...]) -> list[FrozenEncoder]:
 def _comparable(encoder: FrozenEncoder) -> dict[str, Any]:
     """What runs that are averaged must share."""
     assert encoder.recipe is not None
-    return {**encoder.recipe.model_dump(mode="json", exclude={"run", "seed"}), "step": _state(encoder)["step"]}
+    sections = encoder.recipe.model_dump(mode="json", exclude={"run", "seed"})
+    return {**sections, "step": _state(encoder)["step"]}
 
 
 def _state(encoder: FrozenEncoder) -> dict[str, Any]:
@@ -116,7 +122,9 @@ def default_shards(encoders: list[FrozenEncoder], train: str | None, test: str |
     recipe = encoders[0].recipe
     if train is None:
         if recipe is None:
-            raise ValueError(f"{encoders[0].name}: has no data of its own; give --train SHARDS and --test SHARDS")
+            raise ValueError(
+                f"{encoders[0].name}: has no data of its own; give --train SHARDS and --test SHARDS"
+            )
         train = recipe.data.shards
     if test is None:
         sibling = Path(train).parent / "test"
@@ -138,36 +146,38 @@ def probe(
     """Accuracies of both probes for raw pixels, random initialisation and the encoders.
 
     encoders: of one recipe (`load_sources`); train, test: folders of labelled shards. Pixels are
-    taken at the encoder's input size. Random encoders are initialised from the runs' own seeds;
-    a model without a recipe has none, and raw pixels beyond PIXEL_LIMIT are left out: the result
-    says so. Raises ValueError for shards without labels, for train and test that are the same or
-    have other classes, and for what reading and the probes refuse.
+    taken at the encoder's input size, and left out beyond PIXEL_LIMIT. Random encoders start from
+    the runs' own seeds; a model without a recipe has none. The result says what was left out.
+    Raises ValueError for missing labels, train and test that are the same or have other classes,
+    and for what reading and the probes refuse.
     """
     start = time.monotonic()
-    indices = (open_shards(train), open_shards(test))
+    indices, first = (open_shards(train), open_shards(test)), encoders[0]
     _check_labels(*indices)
     scores: dict[str, dict[str, Score]] = {}
     left_out: dict[str, str] = {}
-    first = encoders[0]
     needed = sum(map(len, indices)) * first.in_chans * first.img_size**2 * 4
     if needed > PIXEL_LIMIT:
-        left_out["pixels"] = f"left out, would take {needed / 2**30:.1f} GiB (limit {PIXEL_LIMIT / 2**30:.0f})"
+        gib = f"{needed / 2**30:.1f} GiB"
+        left_out["pixels"] = f"left out, would take {gib} (limit {PIXEL_LIMIT / 2**30:.0f})"
     else:
-        pair = [pixel_features(index, first.img_size, first.in_chans, batch_size, workers) for index in indices]
-        scores["pixels"] = _scores([_score_pair(*pair, "pixels")])
-        del pair
+        size, channels = first.img_size, first.in_chans
+        pixels = (pixel_features(index, size, channels, batch_size, workers) for index in indices)
+        scores["pixels"] = _scores([_score_pair(*pixels, "pixels")])
 
     def score(encoder: FrozenEncoder, title: str) -> dict[str, Any]:
-        pair = [encoder_features(encoder, index, batch_size, workers, device, bf16, title) for index in indices]
-        return _score_pair(*pair, title)
+        features = (
+            encoder_features(encoder, index, batch_size, workers, device, bf16, title) for index in indices
+        )
+        return _score_pair(*features, title)
 
     recipes = [encoder.recipe for encoder in encoders if encoder.recipe is not None]
     if recipes:
-        randoms = (random_encoder(recipe, recipe.seed) for recipe in recipes)
-        scores["random"] = _scores([score(encoder, f"random {i + 1}") for i, encoder in enumerate(randoms)])
+        randoms = [random_encoder(recipe, recipe.seed) for recipe in recipes]
+        scores["random"] = _scores([score(each, f"random {i + 1}") for i, each in enumerate(randoms)])
     else:
         left_out["random"] = "left out, a model without a recipe of ours cannot be initialised anew"
-    scores["pretrained"] = _scores([score(encoder, f"pretrained {i + 1}") for i, encoder in enumerate(encoders)])
+    scores["pretrained"] = _scores([score(each, f"pretrained {i + 1}") for i, each in enumerate(encoders)])
     return ProbeResult(
         scores=scores,
         left_out=left_out,
@@ -208,7 +218,7 @@ def _check_labels(train: ShardIndex, test: ShardIndex) -> None:
         if len(missing):
             raise ValueError(
                 f"{option} {index.folder}: {len(missing)} of {len(index)} samples have no label, first "
-                f"{index.key(missing[0])}; a probe needs them all: pack a folder with one folder per class"
+                f"{index.key(int(missing[0]))}; a probe needs them all: pack images in one folder per class"
             )
     if train.fingerprint == test.fingerprint:
         raise ValueError(f"--test {test.folder}: holds the same samples as --train; give other shards")

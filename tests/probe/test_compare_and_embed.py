@@ -15,13 +15,13 @@ from selfsup.data.index import open_shards
 from selfsup.data.pack import pack_arrays
 from selfsup.export.load import load_frozen
 from selfsup.export.timm import export_timm
-from selfsup.probe import run as run_module
+from selfsup.probe import compare
 from selfsup.probe.embed import embed, main_embed
 from selfsup.probe.features import encoder_features, pixel_features, random_encoder
 from selfsup.probe.knn import knn_accuracy
 from selfsup.probe.logreg import logreg
 from selfsup.probe.report import print_result
-from selfsup.probe.run import default_shards, load_sources, main_probe, probe
+from selfsup.probe.compare import default_shards, load_sources, main_probe, probe
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,7 @@ def test_a_model_without_a_recipe_has_no_random_baseline(make_run, digits, tmp_p
 
 
 def test_pixels_too_many_are_left_out_and_said_so(make_run, digits, monkeypatch):
-    monkeypatch.setattr(run_module, "PIXEL_LIMIT", 1000)
+    monkeypatch.setattr(compare, "PIXEL_LIMIT", 1000)
     result = probe(load_sources((str(make_run()),)), str(digits / "train"), str(digits / "test"), CPU)
     assert "pixels" not in result.scores and "limit" in result.left_out["pixels"]
     console = Console(record=True)
@@ -199,9 +199,9 @@ def test_embed_that_fails_leaves_nothing(make_run, digits, tmp_path, monkeypatch
 def test_commands_read_as_users_expect(monkeypatch):
     """tyro makes RUN... and SOURCE SHARDS positional, the rest options."""
     seen = {}
-    for main, arguments, expected in (
-        (main_probe, ["a", "b", "--train", "t", "--device", "cpu"], {"runs": ("a", "b"), "train": "t", "device": "cpu"}),
-        (main_embed, ["m", "s", "--out", "f.npz"], {"source": "m", "shards": "s"}),
+    for main, line, expected in (
+        (main_probe, "a b --train t --device cpu", {"runs": ("a", "b"), "train": "t", "device": "cpu"}),
+        (main_embed, "m s --out f.npz", {"source": "m", "shards": "s"}),
     ):
         signature = inspect.signature(main)
 
@@ -211,5 +211,5 @@ def test_commands_read_as_users_expect(monkeypatch):
         capture.__signature__ = signature
         capture.__annotations__ = main.__annotations__
         capture.__doc__ = main.__doc__
-        tyro.cli(capture, args=arguments)
+        tyro.cli(capture, args=line.split())
         assert {key: seen[key] for key in expected} == expected

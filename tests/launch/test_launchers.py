@@ -1,0 +1,96 @@
+"""The real launchers start what they were asked for, and the run is the same under each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from running import ROOT, TESTS, Server, losses, make_shards, metrics, torchrun, wait_for, write_config
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    config, server = write_config(folder, make_shards(folder / "shards")), Server()
+    server.run([config, "--run.dir", folder / "reference"], folder / "log", ranks=2)
+    server.close()
+    return folder, config
+
+
+def processes(run: Path) -> int:
+    return json.loads((run / "environment.json").read_text())["processes"]
+
+
+def accelerate(file: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / file), "-m", "selfsup.train"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_torchrun(bench):
+    folder, config = bench
+    done = torchrun(2, [config, "--run.dir", folder / "torchrun"])
+    assert done.returncode == 0, done.stderr
+    assert processes(folder / "torchrun") == 2 and losses(folder / "torchrun") == losses(folder / "reference")
+    assert done.stdout.count("finished at step 20 of 20") == 1  # one rank prints
+
+
+@pytest.mark.slow
+def test_accelerate_on_two_processes(bench):
+    folder, config = bench
+    done = accelerate("cpu2.yaml", config, "--run.dir", folder / "cpu2", "--run.device", "cpu", "--run.expect-processes", 2)
+    assert done.returncode == 0, done.stderr
+    assert processes(folder / "cpu2") == 2 and losses(folder / "cpu2") == losses(folder / "reference")
+
+
+@pytest.mark.slow
+def test_accelerate_on_one_process(bench):
+    folder, config = bench
+    done = accelerate("cpu.yaml", config, "--run.dir", folder / "cpu", "--run.expect-processes", 1)
+    assert done.returncode == 0, done.stderr
+    assert processes(folder / "cpu") == 1 and len(metrics(folder / "cpu")) == 20
+
+
+@pytest.mark.slow
+def test_fewer_processes_than_expected_are_refused(bench):
+    """The silent trap: this command starts one process."""
+    folder, config = bench
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "selfsup.train"]
+    command += [str(config), "--run.dir", str(folder / "trap"), "--run.expect-processes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "run.expect_processes: expected 2, got 1 processes" in done.stderr
+    assert not (folder / "trap").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_once_on_all_ranks(bench):
+    """torchrun passes the signal to the whole group, loader workers included."""
+    folder, config = bench
+    run = folder / "terminated"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TESTS / "launcher.py")]
+    command += [str(config), "--run.dir", str(run), "--run.workers", "1", "--optim.steps", "5000", "--run.checkpoint-every", "10000"]
+    with (folder / "terminated.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["state"] == "interrupted"
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{outcome['step']:08d}"]
+    text = (folder / "terminated.log").read_text()
+    assert "selfsup/train.py" not in text and "DataLoader worker" not in text, text  # torchrun's own traceback is
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda p: p.stem)
+def test_launch_files_parse(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(path))
+    content = yaml.safe_load(path.read_text())
+    assert loaded.num_processes == content["num_processes"] and path.read_text().startswith("#")
+    assert content["mixed_precision"] == "no"  # precision belongs to the recipe
