@@ -40,7 +40,7 @@ def state_of(recipe: Recipe, seed: int, steps: int = 2) -> TrainState:
 
 def flat(state: TrainState) -> dict:
     tensors, groups = checkpoint.optimizer_to_names(state.optimizer)
-    return {**state.objective.state_dict(), **tensors, "groups": groups}
+    return {**state.objective.state_dict(), **tensors, "groups": json.dumps(groups)}
 
 
 def equal(a: dict, b: dict) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -51,10 +52,10 @@ def save_checkpoint(run_dir: Path, state: TrainState) -> Path:
             shutil.rmtree(final)
         os.rename(tmp, final)
         fsync_path(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         shutil.rmtree(tmp, ignore_errors=True)
         raise ValueError(
-            f"{final}: checkpoint NOT saved: {error.strerror or error}; earlier checkpoints are intact"
+            f"{final}: checkpoint NOT saved: {error}; earlier checkpoints are intact"
         ) from error
     for old in _steps(folder)[: -state.recipe.run.keep_checkpoints]:
         shutil.rmtree(old)

@@ -6,11 +6,12 @@ on the CPU (gloo), so that agreeing on them never waits for the GPU's queue.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -56,15 +57,15 @@ class FirstRankFailed(ValueError):
     """Raised on the other ranks where rank 0 raised ValueError; rank 0 says it, they need not."""
 
 
-def on_first_rank(action: Callable[[], T]) -> T | None:
-    """Runs `action` on rank 0 while the others wait; its result there, None elsewhere.
+def on_first_rank(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """Calls `action` on rank 0 while the others wait; its result there, None elsewhere.
 
     A ValueError on rank 0 is raised on every rank, so that all leave together.
     """
     result, fault = None, None
     if rank() == 0:
         try:
-            result = action()
+            result = action(*args, **kwargs)
         except ValueError as error:
             fault = error
     message = from_first_rank("" if fault is None else str(fault) or "failed")

@@ -69,7 +69,7 @@ def open_index(recipe: Recipe) -> ShardIndex | None:
     if recipe.data.index == "none":
         return None
     index = open_shards(recipe.data.shards)
-    dist.on_first_rank(lambda: check_shards(index, all=False))
+    dist.on_first_rank(check_shards, index, all=False)
     return index
 
 

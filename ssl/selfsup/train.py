@@ -44,8 +44,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     if resume is not None:
         state = start.resume(resume, state)
     run_dir, optim, run = Path(recipe.run.dir), recipe.optim, recipe.run
-    lock = dist.on_first_rank(lambda: run_folder.claim(run_dir, resume is not None))
-    dist.on_first_rank(lambda: run_folder.describe(run_dir, recipe, plan.world, accelerator.device))
+    lock = dist.on_first_rank(run_folder.claim, run_dir, resume is not None)
+    dist.on_first_rank(run_folder.describe, run_dir, recipe, plan.world, accelerator.device)
     start.summarise(recipe, plan, index, state)
 
     stop = StopSignal()
@@ -103,17 +103,17 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         if log is not None and run.picture_every and (done % run.picture_every == 0 or done == optim.steps):
             log.pictures(done, objective.pictures(batch, recipe.data.mean, recipe.data.std))
         if save_now:
-            dist.on_first_rank(lambda: checkpoint.save_checkpoint(run_dir, state))
+            dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
             saved = done
         if log is not None:
             log.advance()
 
     if saved != state.step:
-        dist.on_first_rank(lambda: checkpoint.save_checkpoint(run_dir, state))
+        dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
     if log is not None:
         log.close()
     batches.close()
-    dist.on_first_rank(lambda: run_folder.write_outcome(run_dir, outcome, state.step))
+    dist.on_first_rank(run_folder.write_outcome, run_dir, outcome, state.step)
     start.say(f"{outcome} at step {state.step} of {optim.steps}: {run_dir}")
     if lock is not None:
         lock.close()

@@ -3,7 +3,10 @@
 import io
 import multiprocessing
 import os
+import signal
 import struct
+import subprocess
+import sys
 import zlib
 from itertools import islice
 
@@ -274,11 +277,44 @@ def test_close_leaves_no_workers(index):
     assert all(not os.path.exists(f"/proc/{pid}") for pid in workers)
 
 
+@pytest.mark.parametrize("mutant", [False, True])
+def test_a_run_that_dies_with_its_loader_open_ends(index, mutant, tmp_path):
+    """Workers ignore SIGTERM, which is how Python ends them at exit: without care it would hang."""
+    script = tmp_path / "die.py"
+    script.write_text(f"""
+import atexit
+if {mutant}:
+    atexit.register = lambda function: function
+from selfsup.data.images import ImageData, train_batches
+from selfsup.data.index import open_shards
+from selfsup.data.order import BatchPlan
+config = ImageData(shards={str(index.folder)!r})
+stream = train_batches(config, open_shards(config.shards), 0, 8, 3, BatchPlan(4, 4, 0, 1), 0, 1)
+next(stream)
+print("running", flush=True)
+raise RuntimeError("loss is NaN")
+""")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "running\n"
+    try:
+        _, errors = process.communicate(timeout=3 if mutant else 30)
+        hung = False
+        assert process.returncode == 1 and "loss is NaN" in errors
+    except subprocess.TimeoutExpired:
+        hung = True
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert hung == mutant
+
+
 def test_workers_ignore_the_loops_signals(index):
     """torchrun signals the whole process group; the loop wants its workers until the step is done."""
     stream = train_batches(ImageData(shards=str(index.folder)), index, 0, 8, 3, BatchPlan(4, 4, 0, 1), 0, 1)
     next(stream)
-    for number in (images.signal.SIGINT, images.signal.SIGTERM, images.signal.SIGUSR1, images.signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(children()[0], number)
     for _ in range(10):
         next(stream)

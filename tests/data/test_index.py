@@ -212,7 +212,10 @@ def test_paths_that_leave_the_shard(tmp_path, name):
         build_index(tmp_path, 1)
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+KINDS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_links_and_devices(tmp_path, kind):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         info = tarfile.TarInfo("a.png")

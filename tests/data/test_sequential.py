@@ -8,6 +8,7 @@ import torch
 import webdataset as wds
 from data.making import encode, picture, write_shards, write_tar
 
+from selfsup.data import sequential
 from selfsup.data.images import ImageData
 from selfsup.data.order import BatchPlan
 from selfsup.data.sequential import BROKEN_PROMISES, sequential_batches
@@ -69,6 +70,20 @@ def test_the_order_is_seeded_and_changes_from_pass_to_pass(shards):
     assert one[:40] != one[40:] and sorted(one[:40]) == sorted(one[40:])
     assert identities(take(shards, 2, plan, seed=1, **WHOLE)) != one
     assert identities(take(shards, 1, plan, order="sequential", **WHOLE)) == list(range(40))
+
+
+def test_shards_are_reshuffled_at_every_pass(shards, monkeypatch):
+    """webdataset's plain seeded shuffle would repeat one order for ever."""
+    monkeypatch.setattr(sequential, "_BUFFER", 1)
+    passes = [tuple(identities([batch])) for batch in take(shards, 8, BatchPlan(40, 40, 0, 1), **WHOLE)]
+    assert len(set(passes)) > 2 and len({frozenset(samples) for samples in passes}) == 1
+
+
+def test_samples_without_an_image_are_passed_over(tmp_path):
+    members = [("a.txt", b"x"), *[(f"{i}.png", encode(picture(i))) for i in range(3)], ("z.cls", b"1")]
+    write_tar(tmp_path / "s.tar", members)
+    batches = take(tmp_path, 2, BatchPlan(3, 3, 0, 1), order="sequential", **WHOLE)
+    assert identities(batches) == [0, 1, 2, 0, 1, 2]
 
 
 def test_fewer_shards_than_readers(shards):

@@ -1,5 +1,6 @@
 """Images from shards to batches: the config, decoding, the data set, the loaders."""
 
+import atexit
 import io
 import signal
 import sys
@@ -204,8 +205,7 @@ def _decode_rows(index: ShardIndex, reader: ShardReader, rows: np.ndarray, chann
 def _resize_and_crop(image: np.ndarray, size: int) -> torch.Tensor:
     """Short side to `size`, then the centre; images of that size are left as they are."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)
-    if min(pixels.shape[1:]) != size:
-        pixels = F.resize(pixels, [size], InterpolationMode.BICUBIC, antialias=True)
+    pixels = F.resize(pixels, [size], InterpolationMode.BICUBIC, antialias=True)
     return F.center_crop(pixels, [size, size])
 
 
@@ -263,6 +263,10 @@ def load(dataset: Dataset, batches: Iterable[np.ndarray] | None, workers: int, p
         generator=torch.Generator(),  # else it draws from the global generator, which is training's
     )
     iterator = iter(loader)
+    if workers:
+        # At exit multiprocessing sends SIGTERM to what is left and waits; our workers ignore it, so a
+        # run that died of an error, its traceback still holding this frame, would never end.
+        atexit.register(iterator._shutdown_workers)
     try:
         for batch in iterator:
             if isinstance(batch, ValueError):
@@ -271,6 +275,7 @@ def load(dataset: Dataset, batches: Iterable[np.ndarray] | None, workers: int, p
     finally:
         if workers:
             iterator._shutdown_workers()  # now, not when the garbage collector comes by
+            atexit.unregister(iterator._shutdown_workers)
 
 
 def _as_is(batch: object) -> object:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -96,8 +97,8 @@ def export_timm(source: Path, out: Path | None = None) -> ExportReport:
             fsync_path(path)
         os.rename(tmp, final)
         fsync_path(final.parent)
-    except OSError as error:
-        raise ValueError(f"{final}: export NOT written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
+        raise ValueError(f"{final}: export NOT written: {error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return ExportReport(final, checkpoint, state["step"], checks, (*passed_over, *unchecked))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from selfsup.checkpoint import fsync_path
@@ -78,8 +79,8 @@ def embed(
         fsync_path(tmp)
         os.replace(tmp, out)
         fsync_path(out.parent)
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot write it: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
+        raise ValueError(f"--out {out}: cannot write it: {error}") from error
     finally:
         tmp.unlink(missing_ok=True)
     return features.values.shape
