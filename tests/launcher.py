@@ -10,12 +10,11 @@ import os
 import sys
 import traceback
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
-import mutants
 import torch
 
+import mutants
 from selfsup import dist, start
 from selfsup.objectives.mae import MAE
 from selfsup.train import main
@@ -47,7 +46,10 @@ def trace(path: Path) -> None:
         try:
             for batch in inner:
                 pixels = [zlib.crc32(image.numpy().tobytes()) for image in batch.images]
-                write("batch", list(zip(batch.epoch.tolist(), batch.position.tolist(), batch.index.tolist(), pixels)))
+                write(
+                    "batch",
+                    list(zip(batch.epoch.tolist(), batch.position.tolist(), batch.index.tolist(), pixels)),
+                )
                 yield batch
         finally:
             inner.close()
@@ -81,7 +83,6 @@ def serve() -> None:
 
 def warm_up() -> None:
     """Imports what a run imports on its way."""
-    import selfsup.data.sequential
     import torchvision.transforms.v2  # noqa: F401
 
 

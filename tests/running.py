@@ -51,7 +51,10 @@ class Server:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "launcher.py"), "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(TESTS / "launcher.py"), "serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stdout.readline() == "ready\n"
 
@@ -114,7 +117,9 @@ def final_state(run: Path) -> dict[str, bytes]:
     """The bytes of the newest checkpoint that must not depend on interruptions."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     state = json.loads((newest / "state.json").read_text())
-    files = {name: (newest / name).read_bytes() for name in ("objective.safetensors", "optimizer.safetensors")}
+    files = {
+        name: (newest / name).read_bytes() for name in ("objective.safetensors", "optimizer.safetensors")
+    }
     return {**files, "counters": repr((state["step"], state["samples"], state["optimizer"])).encode()}
 
 
@@ -132,6 +137,11 @@ def read_trace(path: Path, kind: str, ranks: int, accumulation: int) -> list[lis
         per_rank.append([rows for found, rows in lines if found == kind])
     steps = min(map(len, per_rank)) // accumulation
     return [
-        [row for a in range(accumulation) for rank in range(ranks) for row in per_rank[rank][step * accumulation + a]]
+        [
+            row
+            for a in range(accumulation)
+            for rank in range(ranks)
+            for row in per_rank[rank][step * accumulation + a]
+        ]
         for step in range(steps)
     ]

@@ -35,7 +35,9 @@ def state_of(recipe: Recipe, seed: int, steps: int = 2) -> TrainState:
         for p in objective.parameters():
             p.grad = torch.randn_like(p) if p.requires_grad else None
         optimizer.step()
-    return TrainState(objective, optimizer, None, recipe, steps, steps * 256, {"index_fingerprint": "f", "order_version": 1})
+    return TrainState(
+        objective, optimizer, None, recipe, steps, steps * 256, {"index_fingerprint": "f", "order_version": 1}
+    )
 
 
 def flat(state: TrainState) -> dict:
@@ -44,7 +46,9 @@ def flat(state: TrainState) -> dict:
 
 
 def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
 
 
 @pytest.fixture
@@ -69,14 +73,23 @@ def test_round_trip_is_exact(recipe, tmp_path):
 
 def test_files_hold_no_pickle(recipe, tmp_path):
     path = save_checkpoint(tmp_path, state_of(recipe, 0))
-    assert sorted(p.name for p in path.iterdir()) == ["config.yaml", "manifest.json", "objective.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(p.name for p in path.iterdir()) == [
+        "config.yaml",
+        "manifest.json",
+        "objective.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
     assert all(p.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK") for p in path.iterdir())
 
 
 def test_pruning_keeps_the_newest(recipe, tmp_path):
     for steps in (1, 2, 3, 4):
         save_checkpoint(tmp_path, state_of(recipe, 0, steps))
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step-00000003",
+        "step-00000004",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])

@@ -72,7 +72,10 @@ def test_frozen():
         recipe.optim.steps = 3
 
 
-@pytest.mark.parametrize("text,fault", [("a: 1\na: 2", "key given twice: a"), ("[1]", "expected a mapping"), ("a: {", "not valid YAML")])
+@pytest.mark.parametrize(
+    "text,fault",
+    [("a: 1\na: 2", "key given twice: a"), ("[1]", "expected a mapping"), ("a: {", "not valid YAML")],
+)
 def test_yaml_faults_name_the_file(tmp_path, text, fault):
     path = tmp_path / "c.yaml"
     path.write_text(text)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ssl" / "selfsup"
 
 FLOORS = {
-    "config": 0, "batch": 0, "dist": 0, "keyed": 0,
+    "config": 0, "batch": 0, "dist": 0, "keyed": 0, "durable": 0,
     "attention": 1, "data": 1,
     "layers": 2,
     "encoders": 3,
@@ -93,13 +93,17 @@ def test_sizes():
 
 def test_nothing_is_unpickled():
     for path in MODULES + sorted((ROOT / "tools").glob("*.py")):
-        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        names = {
+            node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+        }
         assert not {"pickle", "cloudpickle", "dill"} & {name.split(".")[0] for name in imports(path)}, path
         assert "save_state" not in names and "load_state" not in names, path
         assert "torch.load" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_configs_build_on_the_meta_device(path):
     text = path.read_text()
     assert text.startswith("#"), f"{path}: opens with its command"

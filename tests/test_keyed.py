@@ -33,7 +33,10 @@ def test_numpy_and_torch_agree_bit_for_bit():
     ours = random_bits(5, epoch, position, Purpose.CROP, 11, view=3)
     theirs = random_bits(5, torch.from_numpy(epoch), torch.from_numpy(position), Purpose.CROP, 11, view=3)
     assert ours.shape == (5, 11) and np.array_equal(ours, theirs.numpy())
-    assert np.array_equal(uniform(5, 0, position, Purpose.CROP, 3), uniform(5, 0, torch.from_numpy(position), Purpose.CROP, 3).numpy())
+    assert np.array_equal(
+        uniform(5, 0, position, Purpose.CROP, 3),
+        uniform(5, 0, torch.from_numpy(position), Purpose.CROP, 3).numpy(),
+    )
 
 
 def test_a_draw_depends_on_its_key_alone():
@@ -63,7 +66,9 @@ def test_uniformity():
     x = uniform(3, 1, np.arange(50_000), Purpose.CROP, 4)
     assert 0 <= x.min() and x.max() < 1
     assert stats.kstest(x.ravel(), "uniform").pvalue > 1e-3
-    counts = np.unpackbits(random_bits(3, 1, np.arange(20_000), Purpose.CROP, 1).astype(np.uint32).view(np.uint8))
+    counts = np.unpackbits(
+        random_bits(3, 1, np.arange(20_000), Purpose.CROP, 1).astype(np.uint32).view(np.uint8)
+    )
     assert abs(counts.mean() - 0.5) < 4 * 0.5 / np.sqrt(counts.size)
     correlation = np.corrcoef(x.T) - np.eye(4)
     assert np.abs(correlation).max() < 5 / np.sqrt(len(x))

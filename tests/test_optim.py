@@ -48,4 +48,6 @@ def test_adamw_step_by_hand():
             value.mul_(1 - lr * decay)
             value.sub_(lr * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8))
         optimizer.step()
-    assert torch.allclose(layer.weight.double(), weight, rtol=1e-5) and torch.allclose(layer.bias.double(), bias, rtol=1e-5)
+    assert torch.allclose(layer.weight.double(), weight, rtol=1e-5) and torch.allclose(
+        layer.bias.double(), bias, rtol=1e-5
+    )

@@ -78,12 +78,19 @@ def main(
             "selfsup, reference": ours(vit, "reference", batch_size, precision, where, compile),
             "selfsup, torch": ours(vit, "torch", batch_size, precision, where, compile),
         }
-    print(f"ViT {embed_dim}/{depth}/{num_heads}, {img_size} px, patch {patch_size}, batch {batch_size}, {precision}, ", end="")
-    print(f"{device}, {threads} threads, {'compiled' if compile else 'eager'}, torch {torch.__version__}, {rounds} rounds")
+    print(
+        f"ViT {embed_dim}/{depth}/{num_heads}, {img_size} px, patch {patch_size}, batch {batch_size}, {precision}, ",
+        end="",
+    )
+    print(
+        f"{device}, {threads} threads, {'compiled' if compile else 'eager'}, torch {torch.__version__}, {rounds} rounds"
+    )
     report(interleave(contestants, rounds, where), batch_size)
 
 
-def optimised(module: torch.nn.Module, loss: Callable[[], torch.Tensor], precision: Precision, device: torch.device) -> Step:
+def optimised(
+    module: torch.nn.Module, loss: Callable[[], torch.Tensor], precision: Precision, device: torch.device
+) -> Step:
     """A training step around a loss."""
     optimizer = build_optimizer(OptimConfig(), module)
 
@@ -98,7 +105,12 @@ def optimised(module: torch.nn.Module, loss: Callable[[], torch.Tensor], precisi
 
 
 def ours(
-    vit: ViTConfig, attention: AttentionName, batch_size: int, precision: Precision, device: torch.device, compile: bool
+    vit: ViTConfig,
+    attention: AttentionName,
+    batch_size: int,
+    precision: Precision,
+    device: torch.device,
+    compile: bool,
 ) -> Step:
     module = MAEConfig(**DECODER).build(vit.model_copy(update={"attention": attention})).to(device)
     if compile:
@@ -172,7 +184,9 @@ def report(seconds: dict[str, list[float]], batch_size: int) -> None:
     for name, times in seconds.items():
         ratios = [base / mine for base, mine in zip(first, times, strict=True)]
         rate = batch_size / statistics.median(times)
-        print(f"{name:30s} {rate:9.1f} images/s   x{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{name:30s} {rate:9.1f} images/s   x{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ SPLIT_SEED = 0
 def main(dest: Path, /) -> None:
     """Pack the digits into DEST/train and DEST/test."""
     digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1), 0..16 -> 0..255
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[
+        ..., None
+    ]  # (1797, 8, 8, 1), 0..16 -> 0..255
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     classes = [str(name) for name in digits.target_names]
     for split, rows in (("train", order[TEST_IMAGES:]), ("test", order[:TEST_IMAGES])):

@@ -5,7 +5,6 @@ all: written to `.tmp-…`, every file fsynced, then the manifest, then the rena
 fsync; only then are older ones removed. Loading verifies the manifest.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from selfsup.config import dump_yaml, read_yaml, validate
+from selfsup.durable import fsync_path, sha256
 from selfsup.encoders.vit import ViT
 from selfsup.recipe import Recipe
 
@@ -54,9 +54,7 @@ def save_checkpoint(run_dir: Path, state: TrainState) -> Path:
         fsync_path(folder)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         shutil.rmtree(tmp, ignore_errors=True)
-        raise ValueError(
-            f"{final}: checkpoint NOT saved: {error}; earlier checkpoints are intact"
-        ) from error
+        raise ValueError(f"{final}: checkpoint NOT saved: {error}; earlier checkpoints are intact") from error
     for old in _steps(folder)[: -state.recipe.run.keep_checkpoints]:
         shutil.rmtree(old)
     return final
@@ -64,7 +62,9 @@ def save_checkpoint(run_dir: Path, state: TrainState) -> Path:
 
 def _write(tmp: Path, state: TrainState) -> None:
     """All files of a checkpoint, fsynced; the manifest last."""
-    save_file({k: v.contiguous() for k, v in state.objective.state_dict().items()}, tmp / "objective.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in state.objective.state_dict().items()}, tmp / "objective.safetensors"
+    )
     tensors, groups = optimizer_to_names(state.optimizer)
     save_file(tensors, tmp / "optimizer.safetensors")
     (tmp / "config.yaml").write_text(dump_yaml(state.recipe))
@@ -79,7 +79,7 @@ def _write(tmp: Path, state: TrainState) -> None:
     manifest = {}
     for path in sorted(tmp.iterdir()):
         fsync_path(path)
-        manifest[path.name] = _sha256(path)
+        manifest[path.name] = sha256(path)
     (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
     fsync_path(tmp / "manifest.json")
     fsync_path(tmp)
@@ -119,7 +119,9 @@ def optimizer_from_names(
     for key, value in tensors.items():
         field, name = key.split(":", 1)
         state.setdefault(index[name], {})[field] = value
-    merged = [{**new, "params": old["params"]} for old, new in zip(content["param_groups"], groups, strict=True)]
+    merged = [
+        {**new, "params": old["params"]} for old, new in zip(content["param_groups"], groups, strict=True)
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
 
 
@@ -208,21 +210,7 @@ def _damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or an empty string."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        wrong = [name for name, digest in manifest.items() if _sha256(checkpoint / name) != digest]
+        wrong = [name for name, digest in manifest.items() if sha256(checkpoint / name) != digest]
     except (OSError, ValueError) as error:
         return str(error)
     return f"SHA-256 differs from the manifest: {', '.join(wrong)}" if wrong else ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_path(path: Path) -> None:
-    """Flushes a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -152,7 +152,9 @@ def _range(section: type[Section], content: dict[str, Any], location: list[Any])
         field = (named or members)[0].model_fields[part]
         annotation, constraints = field.annotation, field.metadata + _constraints(field.annotation)
         content = content.get(part, {}) if isinstance(content, dict) else {}
-    bounds = {key: getattr(c, key) for c in constraints for key in ("gt", "ge", "lt", "le") if hasattr(c, key)}
+    bounds = {
+        key: getattr(c, key) for c in constraints for key in ("gt", "ge", "lt", "le") if hasattr(c, key)
+    }
     low = f"{bounds['gt']} < " if "gt" in bounds else f"{bounds['ge']} <= " if "ge" in bounds else ""
     high = f" < {bounds['lt']}" if "lt" in bounds else f" <= {bounds['le']}" if "le" in bounds else ""
     return f"{low}x{high}"
@@ -191,7 +193,9 @@ def _nearest(section: type[Section], content: dict[str, Any], key: str) -> str |
     for name, field in section.model_fields.items():
         members = _members(field.annotation)
         chosen = (content.get(name) or {}).get("name") if isinstance(content.get(name), dict) else None
-        picked = [m for m in members if m.model_fields.get("name") and m.model_fields["name"].default == chosen]
+        picked = [
+            m for m in members if m.model_fields.get("name") and m.model_fields["name"].default == chosen
+        ]
         valid.append(name)
         valid += [f"{name}.{inner}" for m in picked or members for inner in m.model_fields]
     by_leaf = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 import torch
 
-from selfsup.checkpoint import fsync_path
 from selfsup.config import dump_yaml
+from selfsup.durable import write_atomically
 from selfsup.recipe import Recipe
 
 
@@ -27,13 +27,17 @@ def claim(run_dir: Path, resume: bool) -> TextIO:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
     except OSError as error:
-        raise ValueError(f"run.dir: cannot write {run_dir}: {error.strerror}; choose another --run.dir") from None
+        raise ValueError(
+            f"run.dir: cannot write {run_dir}: {error.strerror}; choose another --run.dir"
+        ) from None
     try:
         # lockf, not flock: loader workers, which are forks, must not inherit the lock and outlive us with it.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         lock.close()
-        raise ValueError(f"run.dir: {run_dir} is in use by another run; wait for it or choose another") from None
+        raise ValueError(
+            f"run.dir: {run_dir} is in use by another run; wait for it or choose another"
+        ) from None
     if not resume and (run_dir / "config.yaml").exists():
         lock.close()
         raise ValueError(
@@ -47,8 +51,9 @@ def claim(run_dir: Path, resume: bool) -> TextIO:
 
 def describe(run_dir: Path, recipe: Recipe, processes: int, device: torch.device) -> None:
     """Writes config.yaml (resolved) and environment.json."""
-    write_atomically(run_dir / "config.yaml", dump_yaml(recipe))
-    write_atomically(run_dir / "environment.json", json.dumps(environment(processes, device), indent=1))
+    write_atomically(run_dir / "config.yaml", dump_yaml(recipe).encode())
+    facts = json.dumps(environment(processes, device), indent=1)
+    write_atomically(run_dir / "environment.json", facts.encode())
 
 
 def environment(processes: int, device: torch.device) -> dict[str, Any]:
@@ -81,13 +86,4 @@ def git_revision() -> str | None:
 
 def write_outcome(run_dir: Path, state: str, step: int) -> None:
     """outcome.json: `finished` or `interrupted`, and the step. A launcher's exit code does not tell."""
-    write_atomically(run_dir / "outcome.json", json.dumps({"state": state, "step": step}))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all."""
-    tmp = path.with_name(f".tmp-{path.name}")
-    tmp.write_text(text)
-    fsync_path(tmp)
-    os.rename(tmp, path)
-    fsync_path(path.parent)
+    write_atomically(run_dir / "outcome.json", json.dumps({"state": state, "step": step}).encode())

@@ -1,9 +1,9 @@
 """The training loop: the only one. `main` reads the command line, `train` trains.
 
-    selfsup train CONFIG [--section.key value ...]      a new run
-    selfsup train --resume DIR                          an interrupted run goes on
-    selfsup train CONFIG --init-from DIR                a new run from the weights of another
-    selfsup train CONFIG --dry-run                      print what would run, take one batch through
+selfsup train CONFIG [--section.key value ...]      a new run
+selfsup train --resume DIR                          an interrupted run goes on
+selfsup train CONFIG --init-from DIR                a new run from the weights of another
+selfsup train CONFIG --dry-run                      print what would run, take one batch through
 """
 
 import argparse

@@ -18,7 +18,9 @@ def loop_attention(q, k, v, allowed, bias, scale):
                 keys = [j for j in range(k.shape[2]) if allowed[i, j]]
                 if not keys:
                     continue
-                scores = [float(q[b, h, i].double() @ k[b, h, j].double()) * scale + float(bias[i, j]) for j in keys]
+                scores = [
+                    float(q[b, h, i].double() @ k[b, h, j].double()) * scale + float(bias[i, j]) for j in keys
+                ]
                 top = max(scores)
                 weights = [math.exp(s - top) for s in scores]
                 for w, j in zip(weights, keys, strict=True):
@@ -26,9 +28,12 @@ def loop_attention(q, k, v, allowed, bias, scale):
     return out
 
 
-def tensors(l=5, s=7, d=4, dv=3, h=2, hk=2, dtype=torch.float64):
+def tensors(n=5, s=7, d=4, dv=3, h=2, hk=2, dtype=torch.float64):
     torch.manual_seed(0)
-    return [torch.randn(2, n, m, e, dtype=dtype, requires_grad=True) for n, m, e in ((h, l, d), (hk, s, d), (hk, s, dv))]
+    return [
+        torch.randn(2, heads, m, e, dtype=dtype, requires_grad=True)
+        for heads, m, e in ((h, n, d), (hk, s, d), (hk, s, dv))
+    ]
 
 
 @pytest.mark.parametrize("case", ["plain", "scale", "causal", "bool", "float", "empty_row"])
@@ -59,7 +64,11 @@ def test_the_loop_catches_planted_bugs():
     q, k, v = tensors()
     ones, zeros = torch.ones(5, 7, dtype=torch.bool), torch.zeros(5, 7, dtype=torch.float64)
     expected = loop_attention(q, k, v, ones, zeros, 0.5)
-    for wrong in (reference_attention(q, k, v, scale=1.0), reference_attention(q, k, v, is_causal=True), reference_attention(q, k.flip(2), v)):
+    for wrong in (
+        reference_attention(q, k, v, scale=1.0),
+        reference_attention(q, k, v, is_causal=True),
+        reference_attention(q, k.flip(2), v),
+    ):
         assert not torch.allclose(wrong, expected, atol=1e-6)
 
 
@@ -70,12 +79,14 @@ def test_values_and_gradients_equal_torch(options):
     g = torch.randn(2, 4, 5, 3, dtype=torch.float64)
     ours, other = reference_attention(q, k, v, **options), theirs(q, k, v, **options)
     assert torch.allclose(ours, other, atol=1e-13)
-    for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(other, (q, k, v), g), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(other, (q, k, v), g), strict=True
+    ):
         assert torch.allclose(a, b, atol=1e-12)
 
 
 def test_gradcheck():
-    q, k, v = tensors(l=3, s=4)
+    q, k, v = tensors(n=3, s=4)
     mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     assert torch.autograd.gradcheck(lambda *x: reference_attention(*x, attn_mask=mask), (q, k, v))
 
@@ -86,7 +97,9 @@ def test_minus_infinity_in_a_float_mask_blocks():
     mask[:, 3:] = -torch.inf
     mask[1] = -torch.inf
     out = reference_attention(q, k, v, attn_mask=mask)
-    assert torch.allclose(out[:, :, [0, 2, 3, 4]], reference_attention(q[:, :, [0, 2, 3, 4]], k[:, :, :3], v[:, :, :3]))
+    assert torch.allclose(
+        out[:, :, [0, 2, 3, 4]], reference_attention(q[:, :, [0, 2, 3, 4]], k[:, :, :3], v[:, :, :3])
+    )
     assert (out[:, :, 1] == 0).all()
 
 
@@ -99,7 +112,7 @@ def test_weights_sum_to_one_or_zero():
 
 
 def test_dropout_keeps_the_mean():
-    q, k, v = tensors(l=64, s=64)
+    q, k, v = tensors(n=64, s=64)
     torch.manual_seed(0)
     kept = sum(reference_attention(q, k, v, dropout_p=0.5) for _ in range(400)) / 400
     assert (kept - reference_attention(q, k, v)).abs().mean() < 0.02

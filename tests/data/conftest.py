@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from data.making import write_shards
 
 

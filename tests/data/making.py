@@ -39,4 +39,3 @@ def write_shards(folder: Path, sizes: list[int], start: int = 0) -> Path:
         i += 1 if size else 0
         write_tar(folder / f"part-{shard:03d}.tar", members)
     return folder
-

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from data.making import picture
 from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from data.making import picture
 from selfsup.data import augment
 from selfsup.data.augment import SMALL, crop_and_resize, crop_boxes, flips, resize_weights
 

@@ -13,9 +13,9 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from data.making import encode, picture, write_shards, write_tar
 from PIL import Image
 
+from data.making import encode, picture, write_shards, write_tar
 from selfsup.batch import ImageBatch
 from selfsup.config import validate
 from selfsup.data import images

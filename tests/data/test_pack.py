@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from data.making import encode, picture, write_tar
 
+from data.making import encode, picture, write_tar
 from selfsup.data import pack as pack_module
 from selfsup.data.check import damaged_images, main_check
 from selfsup.data.images import decode_image

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from data.making import encode, picture, write_shards, write_tar
 
+from data.making import encode, picture, write_shards, write_tar
 from selfsup.data import sequential
 from selfsup.data.images import ImageData
 from selfsup.data.order import BatchPlan

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.making import encode, picture
 
+from data.making import encode, picture
 from selfsup.data.images import decode_image
 from selfsup.data.index import open_shards
 from selfsup.data.reader import ShardReader

@@ -5,6 +5,7 @@ out of Adam's first moment after one step.
 """
 
 import pytest
+
 from running import Server, first_gradients, make_shards, write_config
 
 LAYOUTS = [(1, 4), (2, 1), (2, 2), (4, 1), (4, 2)]  # (processes, accumulation)
@@ -20,7 +21,17 @@ def bench(tmp_path_factory):
     def gradients(name, ranks, accumulation, *overrides, **options):
         run = folder / f"{name}-{ranks}-{accumulation}"
         micro = 16 // ranks // accumulation
-        arguments = [config, "--init-from", folder / "weights", "--run.dir", run, "--optim.steps", 1, "--run.micro-batch", micro]
+        arguments = [
+            config,
+            "--init-from",
+            folder / "weights",
+            "--run.dir",
+            run,
+            "--optim.steps",
+            1,
+            "--run.micro-batch",
+            micro,
+        ]
         server.run([*arguments, *overrides], folder / "log", ranks, **options)
         found = first_gradients(run)
         assert len(found) > 50 and all(g.norm() > 0 for g in found.values())
@@ -40,7 +51,10 @@ def relative(ours: dict, theirs: dict) -> float:
 def test_float64(bench):
     whole = bench("float64", 1, 1, float64=True)
     for ranks, accumulation in LAYOUTS:
-        assert relative(bench("float64", ranks, accumulation, float64=True), whole) < 1e-10, (ranks, accumulation)
+        assert relative(bench("float64", ranks, accumulation, float64=True), whole) < 1e-10, (
+            ranks,
+            accumulation,
+        )
 
 
 @pytest.mark.slow
@@ -62,7 +76,8 @@ def test_bf16_is_no_worse_than_one_process(bench):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mutant,ranks,accumulation", [("rank_in_the_key", 2, 1), ("mean_of_means", 2, 2), ("no_world_factor", 2, 1)]
+    "mutant,ranks,accumulation",
+    [("rank_in_the_key", 2, 1), ("mean_of_means", 2, 2), ("no_world_factor", 2, 1)],
 )
 def test_planted_bugs_are_caught(bench, mutant, ranks, accumulation):
     whole = bench(f"right-{mutant}", 1, 1, float64=True)

@@ -1,12 +1,19 @@
 """The first 50 global batches (samples, crops, masks) and the losses on 1, 2 and 4 processes, any workers."""
 
 import pytest
-from running import Server, losses, make_shards, metrics, read_trace, write_config
 
+from running import Server, losses, make_shards, metrics, read_trace, write_config
 from selfsup.optim import OptimConfig
 
 STEPS = 50
-LAYOUTS = [(1, 1, 0), (1, 4, 2), (2, 1, 1), (2, 2, 0), (4, 1, 0), (4, 2, 1)]  # processes, accumulation, workers
+LAYOUTS = [
+    (1, 1, 0),
+    (1, 4, 2),
+    (2, 1, 1),
+    (2, 2, 0),
+    (4, 1, 0),
+    (4, 2, 1),
+]  # processes, accumulation, workers
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +23,15 @@ def bench(tmp_path_factory):
 
     def run(ranks, accumulation, workers, *overrides, mutant=None):
         name = f"{ranks}-{accumulation}-{workers}-{mutant}"
-        arguments = [config, "--run.dir", folder / name, "--optim.steps", STEPS, "--run.checkpoint-every", STEPS]
+        arguments = [
+            config,
+            "--run.dir",
+            folder / name,
+            "--optim.steps",
+            STEPS,
+            "--run.checkpoint-every",
+            STEPS,
+        ]
         arguments += ["--run.micro-batch", 16 // ranks // accumulation, "--run.workers", workers, *overrides]
         server.run(arguments, folder / "log", ranks, trace=str(folder / f"{name}.trace"), mutant=mutant)
         return folder / name

@@ -73,12 +73,19 @@ def test_a_planted_difference_is_caught():
 
 
 def test_published_sizes():
-    for size, dims in {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}.items():
+    for size, dims in {
+        "tiny": (192, 12, 3),
+        "small": (384, 12, 6),
+        "base": (768, 12, 12),
+        "large": (1024, 24, 16),
+    }.items():
         theirs = timm.create_model(f"vit_{size}_patch16_224", num_classes=0)
         config = validate(ViTConfig, dict(zip(("embed_dim", "depth", "num_heads"), dims, strict=True)))
         with torch.device("meta"):
             ours = config.build()
-        assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+        assert {k: v.shape for k, v in ours.state_dict().items()} == {
+            k: v.shape for k, v in theirs.state_dict().items()
+        }
 
 
 def test_torch_kernel_equals_reference():

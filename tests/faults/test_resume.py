@@ -7,8 +7,18 @@ import signal
 import time
 
 import pytest
-from running import Server, final_state, kill, losses, make_shards, metrics, read_trace, wait_for, write_config
 
+from running import (
+    Server,
+    final_state,
+    kill,
+    losses,
+    make_shards,
+    metrics,
+    read_trace,
+    wait_for,
+    write_config,
+)
 from selfsup.train import INTERRUPTED
 
 SEEDS = range(20)
@@ -30,7 +40,15 @@ class Bench:
 
     def arguments(self, name, workers):
         # drop path needs torch's generator, so its state is put to the test too
-        return [self.config, "--run.dir", self.folder / name, "--run.workers", workers, "--encoder.drop-path", 0.2]
+        return [
+            self.config,
+            "--run.dir",
+            self.folder / name,
+            "--run.workers",
+            workers,
+            "--encoder.drop-path",
+            0.2,
+        ]
 
     def reference(self, ranks, mutant=None):
         """An uninterrupted run, and its duration."""
@@ -72,7 +90,13 @@ def test_kill_minus_nine_at_a_random_moment(bench, seed):
     pids = bench.server.start(bench.arguments(name, workers), bench.folder / "log", ranks)
     if seed % 3 == 0:
         nth = rng.randrange(1, 6)
-        wait_for(lambda: list(run.glob(f"checkpoints/.tmp-{3 * nth:08d}")) or list(run.glob(f"checkpoints/step-{3 * nth:08d}")), pause=0)
+        wait_for(
+            lambda: (
+                list(run.glob(f"checkpoints/.tmp-{3 * nth:08d}"))
+                or list(run.glob(f"checkpoints/step-{3 * nth:08d}"))
+            ),
+            pause=0,
+        )
     else:
         wait_for(lambda: (run / "metrics.jsonl").exists())
         time.sleep(rng.random() * 0.7 * duration)
@@ -93,7 +117,9 @@ def test_a_signal_saves_at_the_end_of_the_step(bench, number, ranks, workers):
     arguments = [*bench.arguments(name, workers), "--run.checkpoint-every", 1000]
     pids = bench.server.start(arguments, log, ranks)
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 2)
-    kill(pids[:1] if number == signal.SIGINT else pids, number)  # one rank's signal stops all of them together
+    kill(
+        pids[:1] if number == signal.SIGINT else pids, number
+    )  # one rank's signal stops all of them together
     assert bench.server.wait(pids) == [INTERRUPTED] * ranks, log.read_text()
     outcome = json.loads((run / "outcome.json").read_text())
     assert outcome["state"] == "interrupted" and 2 <= outcome["step"] < 20
@@ -136,7 +162,9 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", ["counting_in_workers", "random_augmentation", "unseeded_model", "forgotten_optimizer"])
+@pytest.mark.parametrize(
+    "mutant", ["counting_in_workers", "random_augmentation", "unseeded_model", "forgotten_optimizer"]
+)
 def test_planted_bugs_are_caught(bench, mutant):
     name = f"mutant-{mutant}"
     run = bench.folder / name

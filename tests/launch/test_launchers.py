@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from running import ROOT, TESTS, Server, losses, make_shards, metrics, torchrun, wait_for, write_config
 
 
@@ -26,9 +27,19 @@ def processes(run: Path) -> int:
 
 
 def accelerate(file: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / file), "-m", "selfsup.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch" / file),
+        "-m",
+        "selfsup.train",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
@@ -43,7 +54,9 @@ def test_torchrun(bench):
 @pytest.mark.slow
 def test_accelerate_on_two_processes(bench):
     folder, config = bench
-    done = accelerate("cpu2.yaml", config, "--run.dir", folder / "cpu2", "--run.device", "cpu", "--run.expect-processes", 2)
+    done = accelerate(
+        "cpu2.yaml", config, "--run.dir", folder / "cpu2", "--run.device", "cpu", "--run.expect-processes", 2
+    )
     assert done.returncode == 0, done.stderr
     assert processes(folder / "cpu2") == 2 and losses(folder / "cpu2") == losses(folder / "reference")
 
@@ -60,7 +73,16 @@ def test_accelerate_on_one_process(bench):
 def test_fewer_processes_than_expected_are_refused(bench):
     """The silent trap: this command starts one process."""
     folder, config = bench
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "selfsup.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "selfsup.train",
+    ]
     command += [str(config), "--run.dir", str(folder / "trap"), "--run.expect-processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "run.expect_processes: expected 2, got 1 processes" in done.stderr
@@ -72,10 +94,30 @@ def test_sigterm_to_torchrun_saves_once_on_all_ranks(bench):
     """torchrun passes the signal to the whole group, loader workers included."""
     folder, config = bench
     run = folder / "terminated"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TESTS / "launcher.py")]
-    command += [str(config), "--run.dir", str(run), "--run.workers", "1", "--optim.steps", "5000", "--run.checkpoint-every", "10000"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(TESTS / "launcher.py"),
+    ]
+    command += [
+        str(config),
+        "--run.dir",
+        str(run),
+        "--run.workers",
+        "1",
+        "--optim.steps",
+        "5000",
+        "--run.checkpoint-every",
+        "10000",
+    ]
     with (folder / "terminated.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
@@ -83,7 +125,9 @@ def test_sigterm_to_torchrun_saves_once_on_all_ranks(bench):
     assert outcome["state"] == "interrupted"
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{outcome['step']:08d}"]
     text = (folder / "terminated.log").read_text()
-    assert "selfsup/train.py" not in text and "DataLoader worker" not in text, text  # torchrun's own traceback is
+    assert "selfsup/train.py" not in text and "DataLoader worker" not in text, (
+        text
+    )  # torchrun's own traceback is
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda p: p.stem)

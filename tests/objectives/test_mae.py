@@ -46,7 +46,9 @@ def test_masking():
     for i in range(5):
         least = set(noise[i].argsort()[:12].tolist())
         assert set(ids_keep[i].tolist()) == least == set((mask[i] == 0).nonzero()[:, 0].tolist())
-        shuffled = torch.cat([ids_keep[i], torch.tensor(sorted(set(range(49)) - least, key=lambda j: noise[i, j]))])
+        shuffled = torch.cat(
+            [ids_keep[i], torch.tensor(sorted(set(range(49)) - least, key=lambda j: noise[i, j]))]
+        )
         assert torch.equal(shuffled[ids_restore[i]], torch.arange(49))
 
 
@@ -54,14 +56,20 @@ def test_masks_are_keyed_by_position_and_epoch():
     model, images = tiny(), torch.randn(4, 3, 32, 32)
     noise = model.noise(batch_of(images))
     assert torch.equal(noise[2:], model.noise(batch_of(images[2:], torch.arange(2, 4))))
-    assert not torch.equal(noise, model.noise(batch_of(images)._replace(epoch=torch.ones(4, dtype=torch.long))))
+    assert not torch.equal(
+        noise, model.noise(batch_of(images)._replace(epoch=torch.ones(4, dtype=torch.long)))
+    )
     assert not torch.equal(noise, model.noise(batch_of(images)._replace(seed=1)))
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_loss_against_a_loop(norm_pix_loss):
     torch.manual_seed(1)
-    pred, target, mask = torch.randn(3, 4, 6), torch.randn(3, 4, 6), torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0]])
+    pred, target, mask = (
+        torch.randn(3, 4, 6),
+        torch.randn(3, 4, 6),
+        torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0]]),
+    )
     losses = []
     for i in range(3):
         terms = []
@@ -74,7 +82,9 @@ def test_loss_against_a_loop(norm_pix_loss):
                 want = (want - mean) / math.sqrt(float(((want - mean) ** 2).sum() / 5) + 1e-6)
             terms.append(((pred[i, j].double() - want) ** 2).sum() / 6)
         losses.append(sum(terms) / len(terms))
-    assert torch.allclose(mae_loss(pred, target, mask, norm_pix_loss).double(), torch.stack(losses), atol=1e-6)
+    assert torch.allclose(
+        mae_loss(pred, target, mask, norm_pix_loss).double(), torch.stack(losses), atol=1e-6
+    )
 
 
 def test_visible_patches_do_not_enter_the_loss():
@@ -165,7 +175,9 @@ def test_pictures_show_what_they_say():
         assert torch.allclose(picture[:, :32, :32], raw[0] / 255, atol=1e-5)
         pasted, masked = picture[:, 96:], picture[:, 32:64]
         visible = (masked == picture[:, :32]).all(0)
-        assert visible.float().mean() > 0.2 and torch.allclose(pasted[:, visible], picture[:, :32][:, visible], atol=1e-5)
+        assert visible.float().mean() > 0.2 and torch.allclose(
+            pasted[:, visible], picture[:, :32][:, visible], atol=1e-5
+        )
 
 
 def test_normalise_against_torchvision():

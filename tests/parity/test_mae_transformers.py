@@ -18,9 +18,15 @@ def legacy_names(weights: dict) -> dict:
     """Our names to the ones both major versions of transformers read."""
     out = {}
     for name, w in weights.items():
-        name = name.replace("encoder.cls_token", "vit.embeddings.cls_token").replace("encoder.pos_embed", "vit.embeddings.position_embeddings")
-        name = name.replace("encoder.patch_embed.proj", "vit.embeddings.patch_embeddings.projection").replace("encoder.norm.", "vit.layernorm.")
-        name = name.replace("decoder.decoder_blocks", "decoder.decoder_layers").replace("encoder.blocks", "vit.encoder.layer")
+        name = name.replace("encoder.cls_token", "vit.embeddings.cls_token").replace(
+            "encoder.pos_embed", "vit.embeddings.position_embeddings"
+        )
+        name = name.replace("encoder.patch_embed.proj", "vit.embeddings.patch_embeddings.projection").replace(
+            "encoder.norm.", "vit.layernorm."
+        )
+        name = name.replace("decoder.decoder_blocks", "decoder.decoder_layers").replace(
+            "encoder.blocks", "vit.encoder.layer"
+        )
         for ours, theirs in LAYER.items():
             name = name.replace(ours, theirs)
         if "attn.qkv" in name:
@@ -32,8 +38,15 @@ def legacy_names(weights: dict) -> dict:
 
 
 def models(norm_pix_loss: bool, tmp_path):
-    encoder = validate(ViTConfig, {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3})
-    decoder = {"decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4, "norm_pix_loss": norm_pix_loss}
+    encoder = validate(
+        ViTConfig, {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    )
+    decoder = {
+        "decoder_embed_dim": 64,
+        "decoder_depth": 2,
+        "decoder_num_heads": 4,
+        "norm_pix_loss": norm_pix_loss,
+    }
     torch.manual_seed(0)
     ours = validate(MAEConfig, decoder).build(encoder)
     with torch.no_grad():
@@ -49,8 +62,14 @@ def models(norm_pix_loss: bool, tmp_path):
 
     config.architectures = ["ViTMAEForPreTraining"]
     config.save_pretrained(tmp_path)
-    save_file({k: v.contiguous().clone() for k, v in legacy_names(ours.state_dict()).items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    theirs, report = ViTMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    save_file(
+        {k: v.contiguous().clone() for k, v in legacy_names(ours.state_dict()).items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    theirs, report = ViTMAEForPreTraining.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     return ours.eval(), theirs.eval()
 
@@ -68,7 +87,10 @@ def test_prediction_mask_loss_and_gradients(norm_pix_loss, tmp_path):
     assert abs(loss - out.loss) <= 1e-6 * largest
     loss.backward()
     out.loss.backward()
-    for ours_name, their_name in (("encoder.patch_embed.proj.weight", "vit.embeddings.patch_embeddings.projection.weight"), ("decoder.mask_token", "decoder.mask_token")):
+    for ours_name, their_name in (
+        ("encoder.patch_embed.proj.weight", "vit.embeddings.patch_embeddings.projection.weight"),
+        ("decoder.mask_token", "decoder.mask_token"),
+    ):
         a, b = ours.get_parameter(ours_name).grad, theirs.get_parameter(their_name).grad
         assert (a - b).norm() <= 1e-5 * b.norm(), ours_name
 
@@ -80,10 +102,14 @@ def test_planted_bugs_are_caught(tmp_path):
     largest = out.logits.abs().max()
     target = patchify(images, 8)
     pred, mask = ours.predict(images, noise)
-    biased = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    biased = (target - target.mean(-1, keepdim=True)) / (
+        target.var(-1, keepdim=True, unbiased=False) + 1e-6
+    ).sqrt()
     per_patch = (pred - biased).square().mean(-1)
     assert abs((per_patch * mask).sum() / mask.sum() - out.loss) > 1e-6 * largest  # biased variance
-    assert abs(mae_loss(pred, target, torch.ones_like(mask), True).mean() - out.loss) > 1e-6 * largest  # all patches
+    assert (
+        abs(mae_loss(pred, target, torch.ones_like(mask), True).mean() - out.loss) > 1e-6 * largest
+    )  # all patches
     grid = ours.encoder.pos_embed.data[:, 1:].view(1, 6, 6, -1)
     ours.encoder.pos_embed.data[:, 1:] = grid.transpose(1, 2).flatten(1, 2).clone()  # h first
     assert (ours.predict(images, noise)[0] - out.logits).abs().max() > 1e-6 * largest

@@ -16,12 +16,12 @@ from selfsup.data.pack import pack_arrays
 from selfsup.export.load import load_frozen
 from selfsup.export.timm import export_timm
 from selfsup.probe import compare
+from selfsup.probe.compare import default_shards, load_sources, main_probe, probe
 from selfsup.probe.embed import embed, main_embed
 from selfsup.probe.features import encoder_features, pixel_features, random_encoder
 from selfsup.probe.knn import knn_accuracy
 from selfsup.probe.logreg import logreg
 from selfsup.probe.report import print_result
-from selfsup.probe.compare import default_shards, load_sources, main_probe, probe
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from running import Server, kill, losses, make_shards, metrics, wait_for, write_config
 from safetensors.torch import load_file
+
+from running import Server, kill, losses, make_shards, metrics, wait_for, write_config
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,13 @@ class Bench:
         """Exit codes and output of one call."""
         self.count += 1
         log = self.folder / f"log-{self.count}"
-        request = {"arguments": [str(a) for a in arguments], "ranks": ranks, "port": 0, "options": {}, "log": str(log)}
+        request = {
+            "arguments": [str(a) for a in arguments],
+            "ranks": ranks,
+            "port": 0,
+            "options": {},
+            "log": str(log),
+        }
         codes = self.server.wait(self.server.ask(**request))
         return codes, log.read_text()
 
@@ -110,7 +117,9 @@ def test_a_sample_altered_behind_the_index_stops_the_run(bench):
     content[content.index(b"\x89PNG") + 50] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as bit rot does it
-    line = bench.fault(bench.config, "--data.shards", folder, "--run.dir", bench.folder / "rotten", "--run.workers", 1)
+    line = bench.fault(
+        bench.config, "--data.shards", folder, "--run.dir", bench.folder / "rotten", "--run.workers", 1
+    )
     assert "shard-000000.tar" in line and "altered or damaged" in line
 
 
@@ -131,12 +140,30 @@ def test_a_run_folder_that_cannot_be_written(bench):
 
 def test_the_run_folder_tells_everything(bench):
     run = bench.folder / "whole"
-    codes, output = bench.call(bench.config, "--run.dir", run, "--optim.steps", 4, "--run.picture-every", 2, "--run.log-every", 2)
+    codes, output = bench.call(
+        bench.config, "--run.dir", run, "--optim.steps", 4, "--run.picture-every", 2, "--run.log-every", 2
+    )
     assert codes == [0] and "finished at step 4 of 4" in output
-    assert {p.name for p in run.iterdir()} >= {"config.yaml", "environment.json", "metrics.jsonl", "outcome.json", "tensorboard", "checkpoints"}
+    assert {p.name for p in run.iterdir()} >= {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "outcome.json",
+        "tensorboard",
+        "checkpoints",
+    }
     lines = metrics(run)
     assert [line["step"] for line in lines] == [2, 4] and lines[1]["samples"] == 64
-    assert lines[0].keys() == {"step", "loss", "lr", "grad_norm", "epoch", "samples", "images_per_s", "data_wait"}
+    assert lines[0].keys() == {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "epoch",
+        "samples",
+        "images_per_s",
+        "data_wait",
+    }
     assert json.loads((run / "outcome.json").read_text()) == {"state": "finished", "step": 4}
     versions = json.loads((run / "environment.json").read_text())["versions"]
     assert versions.keys() >= {"torch", "selfsup", "accelerate"}
@@ -160,7 +187,9 @@ def tensorboard_tags(folder: Path) -> dict:
 def test_init_from_starts_a_new_run_with_the_weights(bench):
     first, second = bench.folder / "first", bench.folder / "second"
     bench.call(bench.config, "--run.dir", first, "--optim.steps", 3)
-    codes, output = bench.call(bench.config, "--init-from", first, "--run.dir", second, "--optim.steps", 1, "--optim.base-lr", 1e-12)
+    codes, output = bench.call(
+        bench.config, "--init-from", first, "--run.dir", second, "--optim.steps", 1, "--optim.base-lr", 1e-12
+    )
     assert codes == [0] and "initialised all weights from" in output
     old = load_file(first / "checkpoints" / "step-00000003" / "objective.safetensors")
     new = load_file(second / "checkpoints" / "step-00000001" / "objective.safetensors")
@@ -178,7 +207,9 @@ def test_resume_refuses_other_data_and_other_recipes(bench):
     bench.call(config, "--run.dir", stopped, "--optim.steps", 6)
     shutil.rmtree(bench.folder / "data2")
     make_shards(bench.folder / "data2", samples=60)
-    assert "data.shards: this run was started with another index_fingerprint" in bench.fault("--resume", stopped)
+    assert "data.shards: this run was started with another index_fingerprint" in bench.fault(
+        "--resume", stopped
+    )
     codes, output = bench.call("--resume", run)
     assert codes == [0] and "finished at step 6 of 6" in output
 
@@ -195,7 +226,12 @@ def test_help_lists_every_key(bench):
     for arguments in (["--help"], [bench.config, "--help"]):
         codes, output = bench.call(*arguments)
         assert codes == [0]
-        for words in ("--objective.mask-ratio", "Share of patches removed", "--run.expect-processes", "selfsup train --resume DIR"):
+        for words in (
+            "--objective.mask-ratio",
+            "Share of patches removed",
+            "--run.expect-processes",
+            "selfsup train --resume DIR",
+        ):
             assert words in output
 
 
@@ -208,7 +244,17 @@ def test_a_lost_run_stops_loudly(bench):
 
 def test_without_an_index(bench):
     run = bench.folder / "streamed"
-    arguments = [bench.config, "--data.index", "none", "--run.dir", run, "--run.workers", 2, "--optim.steps", 12]
+    arguments = [
+        bench.config,
+        "--data.index",
+        "none",
+        "--run.dir",
+        run,
+        "--run.workers",
+        2,
+        "--optim.steps",
+        12,
+    ]
     codes, output = bench.call(*arguments)
     assert codes == [0] and "data.index: none" in output and "resume" in output
     assert metrics(run)[-1]["loss"] < metrics(run)[0]["loss"]
@@ -219,7 +265,9 @@ def test_without_an_index(bench):
 def test_compiled_equals_eager(bench):
     eager, compiled = bench.folder / "eager", bench.folder / "compiled"
     bench.call(bench.config, "--run.dir", eager, "--optim.steps", 5)
-    codes, output = bench.call(bench.config, "--run.dir", compiled, "--optim.steps", 5, "--run.compile", "true")
+    codes, output = bench.call(
+        bench.config, "--run.dir", compiled, "--optim.steps", 5, "--run.compile", "true"
+    )
     assert codes == [0], output
     for (step, loss, _), (_, other, _) in zip(losses(eager), losses(compiled), strict=True):
         assert other == pytest.approx(loss, rel=1e-4), step

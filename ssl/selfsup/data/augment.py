@@ -11,8 +11,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64, UInt8
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from selfsup.keyed import Purpose, uniform
 
@@ -104,9 +102,11 @@ def crop_and_resize(
 
 
 def _crop_large(image: np.ndarray, box: np.ndarray, mirrored: bool, size: int) -> np.ndarray:
+    from torchvision.transforms.v2 import InterpolationMode, functional  # seconds to import: only where used
+
     top, left, height, width = box.tolist()
     pixels = torch.from_numpy(image).permute(2, 0, 1)
-    pixels = F.resized_crop(
+    pixels = functional.resized_crop(
         pixels, top, left, height, width, [size, size], InterpolationMode.BICUBIC, antialias=True
     )
     return (pixels.flip(-1) if mirrored else pixels).numpy()

@@ -17,8 +17,6 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import Field, field_validator
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from selfsup.batch import ImageBatch
 from selfsup.config import Section
@@ -204,9 +202,11 @@ def _decode_rows(index: ShardIndex, reader: ShardReader, rows: np.ndarray, chann
 
 def _resize_and_crop(image: np.ndarray, size: int) -> torch.Tensor:
     """Short side to `size`, then the centre; images of that size are left as they are."""
+    from torchvision.transforms.v2 import InterpolationMode, functional  # seconds to import: only where used
+
     pixels = torch.from_numpy(image).permute(2, 0, 1)
-    pixels = F.resize(pixels, [size], InterpolationMode.BICUBIC, antialias=True)
-    return F.center_crop(pixels, [size, size])
+    pixels = functional.resize(pixels, [size], InterpolationMode.BICUBIC, antialias=True)
+    return functional.center_crop(pixels, [size, size])
 
 
 def train_batches(

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from selfsup.data.shard import Members, Shard, fork_or_spawn, hash_file, read_shard
+from selfsup.data.shard import Members, Shard, fork_or_spawn, read_shard
+from selfsup.durable import sha256, write_atomically
 
 INDEX_NAME = "index.safetensors"
 CLASSES_NAME = "classes.json"
@@ -184,26 +185,6 @@ def save_index(index: ShardIndex) -> Path:
     return path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a crash at any moment leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def load_index(folder: str | Path) -> ShardIndex:
     """The index in `folder`, as written; says nothing about the shards (see `open_shards`).
 
@@ -289,7 +270,7 @@ def check_shards(index: ShardIndex, all: bool) -> list[str]:
     hashed = [s for s in index.shards if all or paths[s.name].stat().st_mtime_ns > written]
     altered = []
     for shard in tqdm(hashed, desc="check", unit="shard", disable=None):
-        if hash_file(paths[shard.name]) != shard.sha256:
+        if sha256(paths[shard.name]) != shard.sha256:
             altered.append(shard.name)
     if altered:
         raise ValueError(

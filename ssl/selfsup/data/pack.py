@@ -30,11 +30,10 @@ from selfsup.data.index import (
     build_index,
     open_shards,
     save_index,
-    sync_folder,
-    write_atomically,
 )
 from selfsup.data.order import sample_order
 from selfsup.data.shard import IMAGE_EXTENSIONS, META_MEMBER, fork_or_spawn
+from selfsup.durable import fsync_path, write_atomically
 
 PLAN_NAME = "pack.json"
 PACK_VERSION = 1
@@ -288,7 +287,7 @@ def write_shard(
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    fsync_path(path.parent)
     return corrupt
 
 

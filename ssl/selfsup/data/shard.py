@@ -1,6 +1,5 @@
 """One shard: walking a tar so that damage is seen, and reading its images by offset."""
 
-import hashlib
 import multiprocessing
 import os
 import re
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+
+from selfsup.durable import sha256
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -61,24 +62,18 @@ def fork_or_spawn() -> BaseContext:
     return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_shard(path: Path) -> tuple[Shard, Members]:
     """Walks one shard, checks it from the first byte to the last, and lists its images.
 
     Raises ValueError naming the file for anything but a whole, plain tar of regular files.
     """
     check_is_tar(path)
-    sha256 = hash_file(path)
+    digest = sha256(path)
     skipped: Counter[str] = Counter()
     with open(path, "rb") as file:
         samples = _group(path, _walk(path, file), skipped)
         members = _images(path, file.fileno(), samples, skipped)
-    return Shard(path.name, path.stat().st_size, sha256, len(members.keys)), members
+    return Shard(path.name, path.stat().st_size, digest, len(members.keys)), members
 
 
 def check_is_tar(path: Path) -> None:

@@ -51,9 +51,13 @@ class ViTConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "ViTConfig":
         if self.img_size % self.patch_size:
-            raise ValueError(f"patch_size: expected a divisor of img_size {self.img_size}, got {self.patch_size}")
+            raise ValueError(
+                f"patch_size: expected a divisor of img_size {self.img_size}, got {self.patch_size}"
+            )
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}")
+            raise ValueError(
+                f"num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
+            )
         if self.pos_embed == "sincos" and self.embed_dim % 4:
             raise ValueError(f"embed_dim: sincos positions need a multiple of 4, got {self.embed_dim}")
         if self.pool == "cls" and not self.class_token:

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from selfsup.checkpoint import find_checkpoint, fsync_path, load_encoder
+from selfsup.checkpoint import find_checkpoint, load_encoder
+from selfsup.durable import fsync_path
 from selfsup.encoders.vit import ViT, ViTConfig
 from selfsup.export.card import Check, model_card
 from selfsup.export.load import quiet_transformers
@@ -198,9 +199,7 @@ def _compare(
     largest = max(1.0, *(float(output.abs().max()) for output in ours))
     shapes = [[tuple(output.shape) for output in outputs] for outputs in (ours, theirs)]
     if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"{folder}: {library} gives shapes {shapes[1]}, expected {shapes[0]}; NOT exported"
-        )
+        raise ValueError(f"{folder}: {library} gives shapes {shapes[1]}, expected {shapes[0]}; NOT exported")
     difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     dtype = str(ours[0].dtype).removeprefix("torch.")
     check = Check(library, dtype, difference, tolerance * largest)

@@ -34,7 +34,9 @@ class Objective(nn.Module):
         """FLOPs of one forward and backward pass for one sample."""
         raise NotImplementedError
 
-    def pictures(self, batch: ImageBatch, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Tensor]:
+    def pictures(
+        self, batch: ImageBatch, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> dict[str, Tensor]:
         """Pictures for TensorBoard, name -> float (3, h, w) in [0, 1]; default none."""
         return {}
 

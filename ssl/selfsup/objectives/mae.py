@@ -78,7 +78,10 @@ def patch_statistics(target: Float[Tensor, "b n p"]) -> tuple[Float[Tensor, "b n
 
 
 def mae_loss(
-    pred: Float[Tensor, "b n p"], target: Float[Tensor, "b n p"], mask: Float[Tensor, "b n"], norm_pix_loss: bool
+    pred: Float[Tensor, "b n p"],
+    target: Float[Tensor, "b n p"],
+    mask: Float[Tensor, "b n"],
+    norm_pix_loss: bool,
 ) -> Float[Tensor, " b"]:
     """Mean squared error over the removed patches (mask 1) of each image (sec. 3), in the target's
     dtype: float32 under autocast."""
@@ -176,7 +179,9 @@ class MAE(Objective):
         return 3 * (encoder + decoder) + 2 * patch_embed
 
     @torch.no_grad()
-    def pictures(self, batch: ImageBatch, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Tensor]:
+    def pictures(
+        self, batch: ImageBatch, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> dict[str, Tensor]:
         """Rows of input, masked, predicted, pasted, for the first eight images.
 
         With norm_pix_loss the model predicts normalised patches only; to show them they are scaled

@@ -86,9 +86,7 @@ def load_sources(sources: tuple[str, ...]) -> list[FrozenEncoder]:
     seeds: dict[int, str] = {}
     for encoder in encoders if rest else []:
         if encoder.recipe is None or first.recipe is None:
-            raise ValueError(
-                f"{encoder.name}: only runs of selfsup are averaged; probe models one at a time"
-            )
+            raise ValueError(f"{encoder.name}: only runs of selfsup are averaged; probe models one at a time")
         ours, theirs = _comparable(first), _comparable(encoder)
         unlike = sorted(key for key in ours if ours[key] != theirs[key])
         if unlike:

@@ -11,8 +11,8 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from selfsup.checkpoint import fsync_path
 from selfsup.data.index import ShardIndex, open_shards
+from selfsup.durable import fsync_path
 from selfsup.export.load import FrozenEncoder, load_frozen
 from selfsup.probe.features import CROP, Device, Features, choose_device, encoder_features
 

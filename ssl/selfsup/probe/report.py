@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from selfsup.data.index import write_atomically
+from selfsup.durable import write_atomically
 
 ROWS = {
     "pixels": "raw pixels",
