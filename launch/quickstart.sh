@@ -4,11 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=runs/mae-quickstart
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # on a busy machine two threads are slower than one
 
 ./launch/setup.sh
 started=$SECONDS
 .venv/bin/python tools/digits.py data/digits
-if [ -d "$run/checkpoints" ]; then
+if compgen -G "$run/checkpoints/step-*" > /dev/null; then
     .venv/bin/selfsup train --resume "$run"
 else
     .venv/bin/selfsup train configs/mae/quickstart.yaml

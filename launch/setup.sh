@@ -18,9 +18,13 @@ if [ -z "$python" ]; then
 fi
 
 stamp=".venv/installed-${extra:-base}"
-if [ -x .venv/bin/python ] && cmp -s pyproject.toml "$stamp"; then
-    exit 0
-fi
+for done in "$stamp" .venv/installed-*; do # any extra includes the base
+    if [ "$done" = "$stamp" ] || [ -z "$extra" ]; then
+        if [ -x .venv/bin/python ] && cmp -s pyproject.toml "$done"; then
+            exit 0
+        fi
+    fi
+done
 if [ ! -x .venv/bin/python ]; then
     echo "making .venv with $("$python" --version)"
     "$python" -m venv .venv

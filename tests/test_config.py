@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from selfsup.config import dump_yaml, merge, parse_overrides, read_yaml, validate
-from selfsup.recipe import Recipe, load_recipe, with_run
+from selfsup.recipe import Recipe, load_recipe, resumed
 
 BASE = {"data": {"shards": "d"}, "run": {"dir": "r"}}
 
@@ -95,6 +95,9 @@ def test_yaml_builds_no_objects(tmp_path):
 
 def test_a_resumed_run_keeps_its_recipe():
     recipe = validate(Recipe, BASE)
-    assert with_run(recipe, {"run": {"log_every": 3}}).run.log_every == 3
+    assert resumed(recipe, {"run": {"log_every": 3}}).run.log_every == 3
+    assert resumed(recipe, {"data": {"shards": "moved"}}).data.shards == "moved"
+    with pytest.raises(ValueError, match="data.hflip: a resumed run keeps its recipe"):
+        resumed(recipe, {"data": {"hflip": 0.1}})
     with pytest.raises(ValueError, match="optim: a resumed run keeps its recipe"):
-        with_run(recipe, {"optim": {"steps": 3}})
+        resumed(recipe, {"optim": {"steps": 3}})

@@ -22,6 +22,8 @@ def test_two_runs_in_one_folder(tmp_path):
 
 def test_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "config.yaml").write_text("")
+    run_folder.claim(tmp_path, resume=False).close()  # killed before its first checkpoint: used again
+    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
     with pytest.raises(ValueError, match="already holds a run; continue it with `selfsup train --resume"):
         run_folder.claim(tmp_path, resume=False)
 

@@ -154,7 +154,8 @@ def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
         if not faults:
             return checkpoint, passed_over
         passed_over.append(f"{checkpoint}: damaged checkpoint passed over: {faults}")
-    raise ValueError("\n".join([f"{source}: no whole checkpoint in this folder", *passed_over]))
+    missing = f"{source}: no whole checkpoint in this folder; start it anew with selfsup train CONFIG"
+    raise ValueError("\n".join([missing, *passed_over]))
 
 
 def read_recipe(checkpoint: Path) -> Recipe:

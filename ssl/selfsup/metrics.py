@@ -18,9 +18,7 @@ class MetricsLog:
         kept = _lines_up_to(path, start_step)
         path.write_text("".join(kept))
         self._file = path.open("a")
-        self._board = SummaryWriter(
-            run_dir / "tensorboard", purge_step=start_step + 1 if start_step else None
-        )
+        self._board = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
         # On a terminal a bar with rate and remaining time; elsewhere (disable=None) the plain lines below.
         self._bar = tqdm(total=steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 

@@ -77,15 +77,17 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     return validate(Recipe, merge(read_yaml(path), parse_overrides(overrides)))
 
 
-def with_run(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with changes to its `run` section only: what a resumed run may change.
+def resumed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with what a resumed run may change: its `run` section, and where its shards lie now.
 
-    Raises ValueError for any other key.
+    Raises ValueError for any other key. That the shards are the same is for their fingerprint to say.
     """
-    others = sorted(set(changes) - {"run"})
+    others = set(changes) - {"run", "data"} | {
+        f"data.{key}" for key in set(changes.get("data", {})) - {"shards"}
+    }
     if others:
         raise ValueError(
-            f"{', '.join(others)}: a resumed run keeps its recipe; only --run.* may change. "
-            f"For a new run from these weights use --init-from"
+            f"{', '.join(sorted(others))}: a resumed run keeps its recipe; only --run.* and --data.shards may "
+            f"change. For a new run from these weights use --init-from"
         )
     return validate(Recipe, merge(recipe.model_dump(mode="json"), changes))

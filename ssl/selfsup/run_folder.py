@@ -21,7 +21,8 @@ def claim(run_dir: Path, resume: bool) -> TextIO:
     """Makes the folder if needed and locks it until the returned file is closed or the process dies.
 
     Raises ValueError where the folder cannot be written, another run holds it, or it already holds
-    a run that this is not the resumption of.
+    checkpoints of a run that this is not the resumption of. A run that was killed before its first
+    checkpoint left nothing worth keeping: its folder is used again.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,7 @@ def claim(run_dir: Path, resume: bool) -> TextIO:
         raise ValueError(
             f"run.dir: {run_dir} is in use by another run; wait for it or choose another"
         ) from None
-    if not resume and (run_dir / "config.yaml").exists():
+    if not resume and list((run_dir / "checkpoints").glob("step-*")):
         lock.close()
         raise ValueError(
             f"run.dir: {run_dir} already holds a run; continue it with "

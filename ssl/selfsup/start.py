@@ -106,7 +106,7 @@ def open_batches(
     """This rank's endless micro-batches from the state's cursor on."""
     vit, data, workers = recipe.encoder, recipe.data, recipe.run.workers
     if index is None:
-        say("data.index: none: " + BROKEN_PROMISES)
+        say(BROKEN_PROMISES)
         # The stream cannot be entered in the middle; another seed at least gives another order.
         seed = (recipe.seed + state.step) % 2**32
         return sequential_batches(data, seed, vit.img_size, vit.in_chans, plan, workers)

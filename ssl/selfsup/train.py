@@ -24,7 +24,7 @@ from selfsup.config import parse_overrides
 from selfsup.keyed import Purpose, random_bits
 from selfsup.metrics import MetricsLog, StepClock, require_finite
 from selfsup.optim import build_optimizer
-from selfsup.recipe import Recipe, load_recipe, with_run
+from selfsup.recipe import Recipe, load_recipe, resumed
 
 
 def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = None) -> str:
@@ -108,7 +108,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         if log is not None:
             log.advance()
 
-    if saved != state.step:
+    if saved != state.step:  # interrupted between two checkpoints
+        require_finite(dist.sum_over_ranks(loss.item())[0], state.step)
         dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
     if log is not None:
         log.close()
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
             start.say(*passed_over)
             changes = parse_overrides(overrides)
             changes.setdefault("run", {})["dir"] = str(start.run_dir_of(found))
-            return _exit_code(train(with_run(checkpoint.read_recipe(found), changes), resume=found))
+            return _exit_code(train(resumed(checkpoint.read_recipe(found), changes), resume=found))
         recipe = load_recipe(config, overrides)
         if options.dry_run:
             start.dry_run(recipe)
@@ -176,6 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _exit_code(train(recipe, weights=options.init_from))
     except dist.FirstRankFailed:
         return 2
+    except KeyboardInterrupt:  # before the loop's own handler was in place
+        start.say("interrupted before the first step; nothing to save")
+        return 128 + signal.SIGINT
     except ValueError as error:
         if isinstance(error, UnicodeError):
             raise

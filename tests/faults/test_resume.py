@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import signal
 import time
 
@@ -64,7 +63,6 @@ class Bench:
         options.setdefault("trace", str(self.folder / f"{name}.resumed"))
         arguments = ["--resume", self.folder / name]
         if not list((self.folder / name).glob("checkpoints/step-*")):  # killed before its first checkpoint
-            shutil.rmtree(self.folder / name)
             arguments = self.arguments(name, 0)
         self.server.run(arguments, log, ranks, **options)
 

@@ -126,7 +126,7 @@ def test_a_sample_altered_behind_the_index_stops_the_run(bench):
 def test_a_run_folder_is_claimed_by_one_run(bench):
     run = bench.folder / "twice"
     pids = bench.server.start([bench.config, "--run.dir", run, "--optim.steps", 100000], bench.folder / "log")
-    wait_for(lambda: (run / "metrics.jsonl").exists())
+    wait_for(lambda: list(run.glob("checkpoints/step-*")))
     assert "in use by another run" in bench.fault(bench.config, "--run.dir", run)
     kill(pids)
     bench.server.wait(pids)

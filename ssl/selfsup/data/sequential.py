@@ -25,7 +25,8 @@ data.index: none reads the shards as a stream. Without an index these promises d
 - a resumed run does not go on with the same samples: the stream starts again, in another order;
 - another number of processes or loader workers gives other batches;
 - a sample is not seen exactly once per epoch: there are no epochs, and ranks differ in samples;
-- a damaged shard is not always seen: webdataset reads some as shorter ones, in silence.
+- a damaged shard is not always seen: webdataset reads some as shorter ones, in silence;
+- samples without an image are passed over and not counted.
 To have them, make an index (selfsup data index FOLDER) and set data.index: auto."""
 
 _BUFFER = 1000

@@ -1,0 +1,67 @@
+"""The README's first command, in a copy of the repository, and its gate over three seeds."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "selfsup").exists(), reason="needs ./launch/setup.sh"),
+]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A fresh copy that shares the installed .venv."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("launch", "configs", "tools"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+def run(clone: Path, *command: str) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def first(clone) -> str:
+    if not any((ROOT / ".venv").glob("installed-*")):
+        pytest.skip("the .venv was not made by launch/setup.sh")
+    return run(clone, "bash", "launch/quickstart.sh")
+
+
+def test_it_does_what_it_says(clone, first):
+    for words in ("raw pixels", "random initialisation", "pretrained", "finished at step 1200", "smoke test", "timm"):
+        assert words in first
+    folder = clone / "runs" / "mae-quickstart"
+    assert {p.name for p in (folder / "export" / "timm").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_run_again_it_reuses_what_is_there(clone, first):
+    weights = clone / "runs/mae-quickstart/export/timm/model.safetensors"
+    before = weights.stat().st_mtime_ns
+    again = run(clone, "bash", "launch/quickstart.sh")
+    assert "step 100/1200" not in again and "finished at step 1200 of 1200" in again
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_gate_pretrained_beats_random_by_three_standard_deviations(clone, first):
+    selfsup, runs = ".venv/bin/selfsup", ["runs/mae-quickstart", "runs/seed1", "runs/seed2"]
+    for seed in (1, 2):
+        run(clone, selfsup, "train", "configs/mae/quickstart.yaml", "--seed", str(seed), "--run.dir", f"runs/seed{seed}")
+    run(clone, selfsup, "probe", *runs, "--out", "gate.json")
+    scores = json.loads((clone / "gate.json").read_text())["scores"]
+    for probe in ("logreg", "knn"):
+        random, pretrained = scores["random"][probe], scores["pretrained"][probe]
+        spread = max(random["std"], pretrained["std"])
+        assert pretrained["mean"] - random["mean"] >= 3 * spread > 0, (probe, random, pretrained)
