@@ -129,6 +129,97 @@ def test_a_full_disk_leaves_the_previous_one(recipe, tmp_path):
     assert find_checkpoint(tmp_path) == (first, [])
 
 
+def order_of_saving(recipe, folder, monkeypatch) -> list[str]:
+    """What a save does to the disk, in order: fsync, rename, remove."""
+    events: list[str] = []
+    opened: dict[int, str] = {}
+    real_open, real_fsync, real_rename, real_remove = os.open, os.fsync, os.rename, shutil.rmtree
+
+    def track_open(path, *rest, **options):
+        descriptor = real_open(path, *rest, **options)
+        opened[descriptor] = Path(path).name
+        return descriptor
+
+    def track_remove(path, *rest, **options):
+        if Path(path).name.startswith("step-"):
+            events.append(f"remove {Path(path).name}")
+        real_remove(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", track_open)
+        patch.setattr(os, "fsync", lambda fd: (events.append(f"fsync {opened[fd]}"), real_fsync(fd)))
+        patch.setattr(os, "rename", lambda a, b: (events.append(f"rename {Path(b).name}"), real_rename(a, b)))
+        patch.setattr(shutil, "rmtree", track_remove)
+        save_checkpoint(folder, state_of(recipe, 0, 3))
+    return events
+
+
+def durable(events: list[str]) -> bool:
+    """Every file, then the manifest, then the folder reach the disk before the rename; the rename does before
+    anything is removed."""
+    files = [f"fsync {name}" for name in sorted(checkpoint.FILES)]
+    wanted = [
+        *files,
+        "fsync manifest.json",
+        "fsync .tmp-00000003",
+        "rename step-00000003",
+        "fsync checkpoints",
+    ]
+    places = [events.index(event) if event in events else -1 for event in [*wanted, "remove step-00000001"]]
+    return -1 not in places and places[4:] == sorted(places[4:]) and max(places[:4]) < places[4]
+
+
+def test_a_save_reaches_the_disk_in_order(recipe, tmp_path, monkeypatch):
+    for steps in (1, 2):
+        save_checkpoint(tmp_path, state_of(recipe, 0, steps))
+    assert durable(order_of_saving(recipe, tmp_path, monkeypatch))
+
+
+def test_a_missing_fsync_or_an_early_prune_is_caught(recipe, tmp_path, monkeypatch):
+    for steps in (1, 2):
+        save_checkpoint(tmp_path, state_of(recipe, 0, steps))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "fsync_path", lambda path: None)
+        assert not durable(order_of_saving(recipe, tmp_path, monkeypatch))
+    right = ["fsync manifest.json", "fsync .tmp-00000003", "rename step-00000003", "fsync checkpoints"]
+    files = [f"fsync {name}" for name in sorted(checkpoint.FILES)]
+    assert durable([*files, *right, "remove step-00000001"])
+    assert not durable([*files, "remove step-00000001", *right])
+    assert not durable([*right, *files, "remove step-00000001"])
+
+
+def test_weights_that_are_not_finite_are_not_saved(recipe, tmp_path):
+    first, broken = save_checkpoint(tmp_path, state_of(recipe, 0, 1)), state_of(recipe, 0, 2)
+    with torch.no_grad():
+        broken.objective.decoder.mask_token[..., 0] = torch.inf
+    with pytest.raises(
+        ValueError, match="not finite at step 2, first decoder.mask_token: checkpoint NOT saved"
+    ):
+        save_checkpoint(tmp_path, broken)
+    assert find_checkpoint(tmp_path) == (first, [])
+
+
+def test_resuming_an_older_checkpoint_sets_later_ones_aside(recipe, tmp_path, capsys):
+    for steps in (1, 2):
+        save_checkpoint(tmp_path, state_of(recipe, 0, steps))
+    checkpoint.set_aside_later(tmp_path, 1)
+    assert "step-00000002 is set aside" in capsys.readouterr().out
+    for steps in (2, 3):
+        save_checkpoint(tmp_path, state_of(recipe, 0, steps))
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == [
+        "step-00000002",
+        "step-00000003",
+    ]
+
+
+def test_the_run_folder_of_a_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    assert checkpoint.run_dir_of(Path("step-00000001")) == tmp_path
+    with pytest.raises(ValueError, match="lies in no run folder"):
+        checkpoint.run_dir_of(tmp_path / "elsewhere")
+
+
 SAVER = """
 import sys; sys.path.insert(0, {tests!r})
 import test_checkpoint as t

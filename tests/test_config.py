@@ -95,9 +95,14 @@ def test_yaml_builds_no_objects(tmp_path):
 
 def test_a_resumed_run_keeps_its_recipe():
     recipe = validate(Recipe, BASE)
-    assert resumed(recipe, {"run": {"log_every": 3}}).run.log_every == 3
-    assert resumed(recipe, {"data": {"shards": "moved"}}).data.shards == "moved"
+    assert resumed(recipe, {"run": {"log_every": 3}}, Path("r")).run.log_every == 3
+    assert resumed(recipe, {"data": {"shards": "moved"}}, Path("r")).data.shards == "moved"
     with pytest.raises(ValueError, match="data.hflip: a resumed run keeps its recipe"):
-        resumed(recipe, {"data": {"hflip": 0.1}})
+        resumed(recipe, {"data": {"hflip": 0.1}}, Path("r"))
     with pytest.raises(ValueError, match="optim: a resumed run keeps its recipe"):
-        resumed(recipe, {"optim": {"steps": 3}})
+        resumed(recipe, {"optim": {"steps": 3}}, Path("r"))
+    for changes in ({"run": 5}, {"data": True}):
+        with pytest.raises(ValueError, match="a resumed run keeps its recipe"):
+            resumed(recipe, changes, Path("r"))
+    with pytest.raises(ValueError, match="run.dir: a resumed run stays in its folder"):
+        resumed(recipe, {"run": {"dir": "other"}}, Path("r"))

@@ -1,5 +1,6 @@
 """What travels from the loader to an objective."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,15 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
             f"data.mean, data.std: expected {images.shape[1]} values, one per channel, "
             f"got {len(mean)} and {len(std)}"
         )
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(-1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=images.device).view(-1, 1, 1)
+    scale, shift = _scale_and_shift(mean, std, images.device, torch.get_default_dtype())
     return torch.addcmul(shift, images.to(scale.dtype), scale)
+
+
+@functools.lru_cache
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Kept, because a copy of Python numbers to a GPU waits for everything queued there."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device, dtype=dtype).view(-1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device, dtype=dtype).view(-1, 1, 1)
+    return scale, shift

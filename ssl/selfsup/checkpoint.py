@@ -8,6 +8,7 @@ fsync; only then are older ones removed. Loading verifies the manifest.
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from selfsup.config import dump_yaml, read_yaml, validate
 from selfsup.durable import fsync_path, sha256
 from selfsup.encoders.vit import ViT
 from selfsup.recipe import Recipe
+
+FILES = {"objective.safetensors", "optimizer.safetensors", "config.yaml", "state.json"}
 
 
 class TrainState(NamedTuple):
@@ -34,30 +37,61 @@ class TrainState(NamedTuple):
     samples: int
     """Samples consumed: the cursor of the data order."""
     facts: dict[str, Any]
-    """Index fingerprint, order version, git revision, library versions: JSON values."""
+    """Index fingerprint, order version, git revision: JSON values."""
 
 
 def save_checkpoint(run_dir: Path, state: TrainState) -> Path:
     """Writes `checkpoints/step-N` durably, then removes old ones beyond `run.keep_checkpoints`.
 
-    Raises ValueError where it cannot be written; earlier checkpoints are untouched then.
+    Raises ValueError where it cannot be written, or holds a value that is not finite; earlier
+    checkpoints are untouched then.
     """
+    broken = [k for k, v in state.objective.state_dict().items() if not v.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"weights are not finite at step {state.step}, first {broken[0]}: checkpoint NOT saved; earlier ones "
+            f"are intact. Lower optim.base_lr, set optim.clip_grad_norm, or use precision.mixed: bf16"
+        )
     folder = run_dir / "checkpoints"
     final, tmp = folder / f"step-{state.step:08d}", folder / f".tmp-{state.step:08d}"
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         _write(tmp, state)
-        if final.exists():  # only a damaged one can be here: a run resumes from the newest good one
+        if final.exists():  # a damaged one: a resumed run sets aside all that lie ahead of it
             shutil.rmtree(final)
         os.rename(tmp, final)
         fsync_path(folder)
+        fsync_path(run_dir)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         shutil.rmtree(tmp, ignore_errors=True)
         raise ValueError(f"{final}: checkpoint NOT saved: {error}; earlier checkpoints are intact") from error
     for old in _steps(folder)[: -state.recipe.run.keep_checkpoints]:
-        shutil.rmtree(old)
+        shutil.rmtree(
+            old, onerror=lambda _, path, fault: print(f"cannot remove {path}: {fault[1]}", file=sys.stderr)
+        )
     return final
+
+
+def set_aside_later(run_dir: Path, step: int) -> None:
+    """Renames checkpoints beyond `step`, where a resumed run goes on, and says so: they belong to
+    another course of training, and would crowd out the new ones."""
+    for later in _steps(run_dir / "checkpoints"):
+        if int(later.name.removeprefix("step-")) > step:
+            aside = later.with_name(f".abandoned-{later.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(later, aside)
+            print(f"going on from step {step}: {later.name} is set aside as {aside}")
+
+
+def run_dir_of(checkpoint: Path) -> Path:
+    """The run folder of RUN/checkpoints/step-N. Raises ValueError for one that lies elsewhere."""
+    folder = checkpoint.absolute().parent
+    if folder.name != "checkpoints":
+        raise ValueError(
+            f"{checkpoint}: lies in no run folder (RUN/checkpoints/step-N); use --init-from for weights"
+        )
+    return folder.parent
 
 
 def _write(tmp: Path, state: TrainState) -> None:
@@ -211,6 +245,9 @@ def _damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or an empty string."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
+        absent = sorted(FILES - manifest.keys())
+        if absent:
+            return f"its manifest lacks {', '.join(absent)}"
         wrong = [name for name, digest in manifest.items() if sha256(checkpoint / name) != digest]
     except (OSError, ValueError) as error:
         return str(error)

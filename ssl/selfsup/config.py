@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 SectionT = TypeVar("SectionT", bound="Section")
 
@@ -20,7 +20,27 @@ SectionT = TypeVar("SectionT", bound="Section")
 class Section(BaseModel):
     """A part of the configuration: unknown keys refused, values frozen, attribute docstrings kept."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, content: Any) -> Any:
+        """`none` for no value where a field allows that, and a lone value for a list of any length."""
+        if not isinstance(content, dict):
+            return content
+        read = dict(content)
+        for key, value in content.items():
+            annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
+            parts = typing.get_args(annotation)
+            if isinstance(value, str) and value.lower() == "none" and type(None) in parts:
+                read[key] = None
+            if (
+                isinstance(value, (int, float))
+                and typing.get_origin(annotation) is tuple
+                and parts[-1] is ...
+            ):
+                read[key] = (value,)
+        return read
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -65,10 +85,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         values = [attached] if equals else []
         while not equals and rest and not rest[0].startswith("--"):
             values.append(rest.pop(0))
-        try:
-            parsed = [yaml.safe_load(value) for value in values]
-        except yaml.YAMLError:
-            parsed = list(values)
+        parsed = [_scalar(value) for value in values]
         *parents, leaf = key.replace("-", "_").split(".")
         section = overrides
         for parent in parents:
@@ -77,6 +94,15 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
                 raise ValueError(f"--{key}: {parent} was given a value and a key below it")
         section[leaf] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
     return overrides
+
+
+def _scalar(text: str) -> Any:
+    """A number, true, false or null as YAML reads them; anything else is text, a date or `~/x` too."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if value is None or isinstance(value, (bool, int, float)) else text
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +141,10 @@ _EXPECTED = {
     "literal_error": "one of {expected}",
     "union_tag_invalid": "name to be one of {expected_tags}",
     "union_tag_not_found": "a section with a name",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+    "tuple_type": "a list",
+    "finite_number": "a finite number",
 }
 
 

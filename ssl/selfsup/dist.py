@@ -1,10 +1,11 @@
 """Ranks, sums over ranks: the only user of torch.distributed besides Accelerate.
 
-Every function also works in a single process without a process group. Numbers and strings travel
-on the CPU (gloo), so that agreeing on them never waits for the GPU's queue.
+Every function also works in a single process without a process group. Numbers travel on the
+CPU (gloo), so that agreeing on them never waits for the GPU's queue.
 """
 
 import functools
+import typing
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -40,43 +41,35 @@ def sum_over_ranks(*values: float) -> tuple[float, ...]:
     return tuple(total.tolist())
 
 
-def from_first_rank(value: str) -> str:
-    """Rank 0's string, on every rank. Plain bytes: nothing is pickled."""
-    if world_size() == 1:
-        return value
-    data = torch.tensor(list(value.encode()), dtype=torch.uint8)
-    length = torch.tensor([len(data)])
-    dist.broadcast(length, src=0, group=_host_group())
-    if rank() != 0:
-        data = torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(data, src=0, group=_host_group())
-    return bytes(data.tolist()).decode()
+class OtherRankFailed(ValueError):
+    """Raised on the ranks that are well where another one failed; that one says why, they need not."""
 
 
-class FirstRankFailed(ValueError):
-    """Raised on the other ranks where rank 0 raised ValueError; rank 0 says it, they need not."""
+def together(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls `action` on every rank; a ValueError or OSError on any of them ends the call on all."""
+    result, fault = None, None
+    try:
+        result = action(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        fault = error
+    raise_together(fault, sum_over_ranks(fault is not None)[0])
+    return typing.cast(T, result)
 
 
 def on_first_rank(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-    """Calls `action` on rank 0 while the others wait; its result there, None elsewhere.
+    """As `together`, but only rank 0 calls `action`; its result there, None elsewhere."""
+    return together(action, *args, **kwargs) if rank() == 0 else together(lambda: None)
 
-    A ValueError on rank 0 is raised on every rank, so that all leave together.
-    """
-    result, fault = None, None
-    if rank() == 0:
-        try:
-            result = action(*args, **kwargs)
-        except ValueError as error:
-            fault = error
-    message = from_first_rank("" if fault is None else str(fault) or "failed")
+
+def raise_together(fault: Exception | None, faults: float) -> None:
+    """Raises this rank's fault, or OtherRankFailed where `faults` ranks have one and this has none."""
     if fault is not None:
         raise fault
-    if message:
-        raise FirstRankFailed(message)
-    return result
+    if faults:
+        raise OtherRankFailed(f"{faults:.0f} other processes failed")
 
 
 def leave() -> None:
-    """Ends the process group, if there is one."""
+    """Ends the process group, if there is one. Not after a fault: others may wait in a collective."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -34,6 +34,6 @@ def peak(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision == "fp32":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    if words[-1] in ("PCIe", "NVL") and "A100" not in words:
+    if "MIG" in words or (words[-1] in ("PCIe", "NVL") and "A100" not in words):
         return None
     return next((value for key, value in _HALF_PEAKS.items() if key in words), None)

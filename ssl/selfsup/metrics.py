@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from selfsup.durable import write_atomically
+
 
 class MetricsLog:
     """Writes a run's metrics from one rank. A resumed run drops what lies beyond its checkpoint."""
@@ -16,7 +18,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, start_step: int, steps: int):
         path = run_dir / "metrics.jsonl"
         kept = _lines_up_to(path, start_step)
-        path.write_text("".join(kept))
+        write_atomically(path, "".join(kept).encode())
         self._file = path.open("a")
         self._board = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
         # On a terminal a bar with rate and remaining time; elsewhere (disable=None) the plain lines below.
@@ -28,7 +30,7 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line. `values` hold plain Python numbers; a value that is not known is left out by the caller."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -58,7 +60,12 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     if not path.exists():
         return []
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in lines if json.loads(line)["step"] <= step]
+    try:
+        return [line for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}: damaged: expected one JSON object with a step a line; move it away"
+        ) from None
 
 
 class StepClock:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from selfsup.config import Section, merge, parse_overrides, read_yaml, validate
 from selfsup.data.images import ImageData
@@ -22,7 +22,8 @@ class PrecisionConfig(Section):
 
 
 class RunConfig(Section):
-    """Where and how to run: nothing here changes the result."""
+    """Where and how to run: nothing here changes the result beyond rounding (with drop path on, the
+    micro-batches and torch.compile decide which random numbers it draws)."""
 
     dir: str
     """The run folder: config, metrics, checkpoints, exports."""
@@ -46,6 +47,11 @@ class RunConfig(Section):
     """Steps between pictures in TensorBoard; 0: none."""
     expect_processes: Annotated[int, Field(ge=1)] | None = None
     """Refuse to train on another number of processes."""
+
+    @field_validator("dir")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return str(Path(value).expanduser())
 
 
 class Recipe(Section):
@@ -77,17 +83,25 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     return validate(Recipe, merge(read_yaml(path), parse_overrides(overrides)))
 
 
-def resumed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+def resumed(recipe: Recipe, changes: dict[str, Any], run_dir: Path) -> Recipe:
     """The recipe with what a resumed run may change: its `run` section, and where its shards lie now.
 
-    Raises ValueError for any other key. That the shards are the same is for their fingerprint to say.
+    Raises ValueError for any other key, and for another run.dir. That the shards are the same is for
+    their fingerprint to say.
     """
-    others = set(changes) - {"run", "data"} | {
-        f"data.{key}" for key in set(changes.get("data", {})) - {"shards"}
-    }
+    allowed = {"run": None, "data": {"shards"}}
+    others = {key for key in changes if key not in allowed or not isinstance(changes[key], dict)}
+    for section in changes.keys() - others:
+        others |= {f"{section}.{key}" for key in changes[section] if key not in (allowed[section] or {key})}
     if others:
         raise ValueError(
             f"{', '.join(sorted(others))}: a resumed run keeps its recipe; only --run.* and --data.shards may "
             f"change. For a new run from these weights use --init-from"
         )
+    asked = changes.get("run", {}).get("dir", run_dir)
+    if Path(asked).expanduser().absolute() != run_dir.absolute():
+        raise ValueError(
+            f"run.dir: a resumed run stays in its folder {run_dir}, got {asked}; copy the folder first"
+        )
+    changes = merge(changes, {"run": {"dir": str(run_dir)}})
     return validate(Recipe, merge(recipe.model_dump(mode="json"), changes))

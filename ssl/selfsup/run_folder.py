@@ -51,7 +51,8 @@ def claim(run_dir: Path, resume: bool) -> TextIO:
 
 
 def describe(run_dir: Path, recipe: Recipe, processes: int, device: torch.device) -> None:
-    """Writes config.yaml (resolved) and environment.json."""
+    """Writes config.yaml (resolved) and environment.json; removes an earlier outcome.json."""
+    (run_dir / "outcome.json").unlink(missing_ok=True)
     write_atomically(run_dir / "config.yaml", dump_yaml(recipe).encode())
     facts = json.dumps(environment(processes, device), indent=1)
     write_atomically(run_dir / "environment.json", facts.encode())

@@ -38,8 +38,6 @@ def accelerator(recipe: Recipe) -> Accelerator:
     on_cpu = run.device == "cpu" or not torch.cuda.is_available()
     if on_cpu and precision.mixed == "fp16":
         raise ValueError("precision.mixed: fp16 needs a CUDA device; use bf16 or fp32 on a CPU")
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
     torch.set_float32_matmul_precision(precision.float32_matmul)
     # DDP reorders its buckets after the first backward pass, which on three or more ranks changes
     # the order of its sums: a resumed run would differ in the last bit. With this switch it keeps
@@ -48,13 +46,38 @@ def accelerator(recipe: Recipe) -> Accelerator:
     ddp = DistributedDataParallelKwargs(find_unused_parameters=launched > 2)
     mixed = "no" if precision.mixed == "fp32" else precision.mixed
     result = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[ddp])
+    if run.threads is not None:  # after Accelerator, which sets its own number on several CPU processes
+        torch.set_num_threads(run.threads)
+    # The one convolution is deterministic for this; cuDNN would choose its kernels by timing.
+    torch.backends.cudnn.deterministic = True
+    check_accelerator(result, on_cpu)
     expected = run.expect_processes or launched
     if not dist.world_size() == result.num_processes == expected:
         raise ValueError(
             f"run.expect_processes: expected {expected}, got {dist.world_size()} processes; start with "
-            f"torchrun --nproc_per_node N or accelerate launch --config_file (see launch/README.md)"
+            f"torchrun --nproc_per_node N or accelerate launch --config_file (see launch/README.md), or "
+            f"change --run.expect-processes"
         )
     return result
+
+
+def check_accelerator(result: Accelerator, on_cpu: bool) -> None:
+    """Raises ValueError where Accelerate's own files or variables ask for what the recipe decides."""
+    if (result.device.type == "cpu") != on_cpu:
+        raise ValueError(
+            f"run.device: expected {'cpu' if on_cpu else 'cuda'}, Accelerate chose {result.device.type}; "
+            f"use_cpu in its config file must agree with --run.device"
+        )
+    if result.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps: expected 1, Accelerate's environment or config file says "
+            f"{result.gradient_accumulation_steps}; remove it and set --run.micro-batch"
+        )
+    if result.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(
+            f"distributed_type: expected NO, MULTI_CPU or MULTI_GPU, Accelerate's config file says "
+            f"{result.distributed_type.value}; use one of launch/"
+        )
 
 
 def batch_plan(recipe: Recipe) -> BatchPlan:
@@ -68,7 +91,7 @@ def open_index(recipe: Recipe) -> ShardIndex | None:
     """The verified index, or None for `data.index: none`. Shards newer than it are hashed again."""
     if recipe.data.index == "none":
         return None
-    index = open_shards(recipe.data.shards)
+    index = dist.together(open_shards, recipe.data.shards)
     dist.on_first_rank(check_shards, index, all=False)
     return index
 
@@ -84,7 +107,7 @@ def data_facts(index: ShardIndex | None) -> dict[str, Any]:
 
 def resume(source: Path, state: TrainState) -> TrainState:
     """The state as the checkpoint left it. Raises ValueError where the data or their order changed."""
-    restored = checkpoint.restore(source, state)
+    restored = dist.together(checkpoint.restore, source, state)
     for fact, key in (("index_fingerprint", "data.shards"), ("order_version", "selfsup version")):
         if restored.facts[fact] != state.facts[fact]:
             raise ValueError(
@@ -93,11 +116,6 @@ def resume(source: Path, state: TrainState) -> TrainState:
             )
     say(f"resuming {source} at step {restored.step}")
     return restored._replace(facts=state.facts)
-
-
-def run_dir_of(found: Path) -> Path:
-    """The run folder a checkpoint lies in: RUN/checkpoints/step-N."""
-    return found.parent.parent
 
 
 def open_batches(
@@ -114,7 +132,9 @@ def open_batches(
     return train_batches(data, index, recipe.seed, vit.img_size, vit.in_chans, plan, cursor, workers)
 
 
-def summarise(recipe: Recipe, plan: BatchPlan, index: ShardIndex | None, state: TrainState) -> None:
+def summarise(
+    recipe: Recipe, plan: BatchPlan, index: ShardIndex | None, state: TrainState, device: torch.device
+) -> None:
     """A few lines about the run that begins."""
     parameters = sum(p.numel() for p in state.objective.parameters() if p.requires_grad)
     samples = recipe.optim.steps * recipe.optim.batch_size
@@ -122,16 +142,12 @@ def summarise(recipe: Recipe, plan: BatchPlan, index: ShardIndex | None, state: 
     say(
         f"run        {recipe.run.dir}",
         f"objective  {recipe.objective.name}, {parameters / 1e6:.2f} M trainable parameters",
-        f"processes  {plan.world} on {recipe.run.device if recipe.run.device != 'auto' else _device()}, "
+        f"processes  {plan.world} on {device.type}, "
         f"{torch.get_num_threads()} threads each, {recipe.precision.mixed}",
         f"batch      {plan.global_batch} = {plan.world} processes x {plan.accumulation} micro-batches "
         f"x {plan.micro_batch}",
         f"steps      {state.step} to {recipe.optim.steps}{extent}",
     )
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -162,8 +178,8 @@ def dry_run(recipe: Recipe) -> None:
     parameters = [p.numel() for p in objective.parameters()]
     trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     state_bytes = 4 * sum(parameters) + 12 * trainable  # weights; gradients and two AdamW moments
-    print(dump_yaml(recipe), end="")
-    summarise(recipe, plan, index, state)
+    say(dump_yaml(recipe))
+    summarise(recipe, plan, index, state, device)
     say(
         f"FLOPs      {objective.flops_per_sample() * plan.global_batch:.3g} per step, "
         f"{objective.flops_per_sample():.3g} per sample, forward and backward",

@@ -40,30 +40,37 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     optimizer = build_optimizer(recipe.optim, objective)
     state = TrainState(objective, optimizer, accelerator.scaler, recipe, 0, 0, start.data_facts(index))
     if weights is not None:
-        start.say(checkpoint.init_from(weights, objective, recipe))
+        start.say(dist.together(checkpoint.init_from, weights, objective, recipe))
     if resume is not None:
         state = start.resume(resume, state)
     run_dir, optim, run = Path(recipe.run.dir), recipe.optim, recipe.run
+    batches = start.open_batches(recipe, index, plan, state)
     lock = dist.on_first_rank(run_folder.claim, run_dir, resume is not None)
+    dist.on_first_rank(checkpoint.set_aside_later, run_dir, state.step)
     dist.on_first_rank(run_folder.describe, run_dir, recipe, plan.world, accelerator.device)
-    start.summarise(recipe, plan, index, state)
+    log = dist.on_first_rank(MetricsLog, run_dir, state.step, optim.steps)
+    start.summarise(recipe, plan, index, state, accelerator.device)
 
     stop = StopSignal()
-    batches = start.open_batches(recipe, index, plan, state)
     if run.compile:
         objective.compile()
     model, stepper = accelerator.prepare(objective, optimizer)
-    log = MetricsLog(run_dir, state.step, optim.steps) if dist.rank() == 0 else None
     clock, peak = StepClock(), flops.peak(accelerator.device, recipe.precision.mixed)
-    saved, outcome = state.step, "finished"
+    saved, outcome = None if resume is None else state.step, "finished"
 
     for step in range(state.step, optim.steps):
         began = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(plan.accumulation)]
+        micro_batches, fault = [], None
+        try:
+            micro_batches = [next(batches) for _ in range(plan.accumulation)]
+        except ValueError as error:  # a damaged sample
+            fault = error
         clock.waited(time.perf_counter() - began)
 
-        # One sum over ranks per step: the global number of loss terms, and whether to stop.
-        total, stopping = dist.sum_over_ranks(sum(b.targets for b in micro_batches), stop.requested)
+        # One sum over ranks per step: the number of loss terms, whether to stop, whether a rank failed.
+        targets = sum(b.targets for b in micro_batches)
+        total, stopping, faults = dist.sum_over_ranks(targets, stop.requested, fault is not None)
+        dist.raise_together(fault, faults)
         if stopping:
             outcome = "interrupted"
             break
@@ -84,7 +91,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         log_now = done % run.log_every == 0 or done == optim.steps
         save_now = done % run.checkpoint_every == 0 or done == optim.steps
         if optim.clip_grad_norm is not None or log_now:
-            grad_norm = accelerator.clip_grad_norm_(objective.parameters(), optim.clip_grad_norm or math.inf)
+            most = optim.clip_grad_norm or math.inf
+            grad_norm = float(accelerator.clip_grad_norm_(objective.parameters(), most))
         stepper.step()
         stepper.zero_grad()
         objective.after_step(done / optim.steps)
@@ -95,9 +103,11 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
             mean_loss = dist.sum_over_ranks(loss.item())[0] / plan.world
             require_finite(mean_loss, done)
         if log_now and log is not None:
-            epoch = {} if index is None else {"epoch": state.samples / len(index)}
-            values = {"loss": mean_loss, "lr": optim.lr(step), "grad_norm": float(grad_norm), **epoch}
-            values["samples"] = state.samples
+            values = {"loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "samples": state.samples}
+            if math.isfinite(grad_norm):  # fp16 skips a step that overflows
+                values["grad_norm"] = grad_norm
+            if index is not None:
+                values["epoch"] = state.samples / len(index)
             speed = clock.read(optim.batch_size, objective.flops_per_sample(), peak and peak * plan.world)
             log.write(done, {**values, **speed})
         if log is not None and run.picture_every and (done % run.picture_every == 0 or done == optim.steps):
@@ -109,7 +119,6 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
             log.advance()
 
     if saved != state.step:  # interrupted between two checkpoints
-        require_finite(dist.sum_over_ranks(loss.item())[0], state.step)
         dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
     if log is not None:
         log.close()
@@ -167,15 +176,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.resume is not None:
             found, passed_over = checkpoint.find_checkpoint(options.resume)
             start.say(*passed_over)
-            changes = parse_overrides(overrides)
-            changes.setdefault("run", {})["dir"] = str(start.run_dir_of(found))
-            return _exit_code(train(resumed(checkpoint.read_recipe(found), changes), resume=found))
+            run_dir = checkpoint.run_dir_of(found)
+            recipe = resumed(checkpoint.read_recipe(found), parse_overrides(overrides), run_dir)
+            return _leave(train(recipe, resume=found))
         recipe = load_recipe(config, overrides)
         if options.dry_run:
             start.dry_run(recipe)
             return 0
-        return _exit_code(train(recipe, weights=options.init_from))
-    except dist.FirstRankFailed:
+        return _leave(train(recipe, weights=options.init_from))
+    except dist.OtherRankFailed:
         return 2
     except KeyboardInterrupt:  # before the loop's own handler was in place
         start.say("interrupted before the first step; nothing to save")
@@ -187,11 +196,10 @@ def main(arguments: list[str] | None = None) -> int:
         prefix = "error: " if rank == "0" else f"[rank {rank}] error: "
         print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr, flush=True)
         return 2
-    finally:
-        dist.leave()
 
 
-def _exit_code(outcome: str) -> int:
+def _leave(outcome: str) -> int:
+    dist.leave()
     return 0 if outcome == "finished" else INTERRUPTED
 
 

@@ -75,6 +75,18 @@ def test_bf16_is_no_worse_than_one_process(bench):
 
 
 @pytest.mark.slow
+def test_clipping_takes_the_norm_of_the_whole_gradient(bench):
+    whole = bench("whole", 1, 1, float64=True)
+    norm = sum(g.square().sum() for g in whole.values()).sqrt()
+    for ranks, accumulation in ((1, 1), (2, 2)):
+        clip = ("--optim.clip-grad-norm", float(norm) / 4)
+        clipped = bench("clipped", ranks, accumulation, *clip, float64=True)
+        assert (
+            relative(clipped, {name: g / 4 for name, g in whole.items()}) < 1e-5
+        )  # torch adds 1e-6 to the norm
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mutant,ranks,accumulation",
     [("rank_in_the_key", 2, 1), ("mean_of_means", 2, 2), ("no_world_factor", 2, 1)],

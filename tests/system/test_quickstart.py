@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from running import ROOT
 
 pytestmark = [
@@ -41,10 +42,21 @@ def first(clone) -> str:
 
 
 def test_it_does_what_it_says(clone, first):
-    for words in ("raw pixels", "random initialisation", "pretrained", "finished at step 1200", "smoke test", "timm"):
+    for words in (
+        "raw pixels",
+        "random initialisation",
+        "pretrained",
+        "finished at step 1200",
+        "smoke test",
+        "timm",
+    ):
         assert words in first
     folder = clone / "runs" / "mae-quickstart"
-    assert {p.name for p in (folder / "export" / "timm").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert {p.name for p in (folder / "export" / "timm").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
 
 
 def test_run_again_it_reuses_what_is_there(clone, first):
@@ -58,7 +70,16 @@ def test_run_again_it_reuses_what_is_there(clone, first):
 def test_gate_pretrained_beats_random_by_three_standard_deviations(clone, first):
     selfsup, runs = ".venv/bin/selfsup", ["runs/mae-quickstart", "runs/seed1", "runs/seed2"]
     for seed in (1, 2):
-        run(clone, selfsup, "train", "configs/mae/quickstart.yaml", "--seed", str(seed), "--run.dir", f"runs/seed{seed}")
+        run(
+            clone,
+            selfsup,
+            "train",
+            "configs/mae/quickstart.yaml",
+            "--seed",
+            str(seed),
+            "--run.dir",
+            f"runs/seed{seed}",
+        )
     run(clone, selfsup, "probe", *runs, "--out", "gate.json")
     scores = json.loads((clone / "gate.json").read_text())["scores"]
     for probe in ("logreg", "knn"):

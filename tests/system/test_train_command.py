@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from running import Server, kill, losses, make_shards, metrics, wait_for, write_config
+from selfsup.train import INTERRUPTED
 
 
 @pytest.fixture(scope="module")
@@ -235,11 +239,58 @@ def test_help_lists_every_key(bench):
             assert words in output
 
 
-def test_a_lost_run_stops_loudly(bench):
-    run = bench.folder / "lost"
-    line = bench.fault(bench.config, "--run.dir", run, "--optim.base-lr", 1e30, "--optim.warmup-fraction", 0)
-    assert "loss is" in line and "stopped without saving" in line
-    assert not list(run.glob("checkpoints/step-*"))
+@pytest.mark.parametrize("checkpoint_every", [1, 3])
+def test_a_lost_run_stops_loudly(bench, checkpoint_every):
+    run = bench.folder / f"lost-{checkpoint_every}"
+    rates = [
+        "--optim.base-lr",
+        1e30,
+        "--optim.warmup-fraction",
+        0,
+        "--run.checkpoint-every",
+        checkpoint_every,
+    ]
+    line = bench.fault(bench.config, "--run.dir", run, *rates)
+    assert "stopped without saving" in line or "NOT saved" in line
+    for path in run.glob("checkpoints/step-*/objective.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+def test_a_fault_on_one_process_ends_all_with_one_line(bench):
+    folder, run = damaged(bench, "one-rank"), bench.folder / "one-rank-run"
+    for path in folder.glob("shard-*.tar"):  # one byte each: no matter which rank meets it first
+        content, before = bytearray(path.read_bytes()), path.stat()
+        content[content.index(b"\x89PNG") + 50] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    log = bench.folder / "one-rank.log"
+    arguments = [bench.config, "--data.shards", folder, "--run.dir", run, "--run.workers", 1]
+    assert bench.server.wait(bench.server.start(arguments, log, 2)) == [2, 2], log.read_text()
+    assert "Traceback" not in log.read_text() and "altered or damaged" in log.read_text()
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(bench):
+    run = bench.folder / "early"
+    wait = ["--run.checkpoint-every", 100000, "--optim.steps", 100000]
+    pids = bench.server.start([bench.config, "--run.dir", run, *wait], bench.folder / "log-early")
+    wait_for(lambda: (run / "environment.json").exists())
+    kill(pids, signal.SIGTERM)
+    assert bench.server.wait(pids)[0] in (
+        INTERRUPTED,
+        -signal.SIGTERM,
+    )  # the latter: before our handler stood
+    if (run / "outcome.json").exists():
+        assert list(run.glob("checkpoints/step-*"))
+
+
+def test_accelerates_own_accumulation_is_refused(bench, monkeypatch):
+    """It would divide every gradient behind the loop's back."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    code = (
+        f"from selfsup.train import main; raise SystemExit(main([{str(bench.config)!r}, '--run.dir', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=bench.folder)
+    assert done.returncode == 2 and "gradient_accumulation_steps: expected 1" in done.stderr
 
 
 def test_without_an_index(bench):
@@ -262,15 +313,17 @@ def test_without_an_index(bench):
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager(bench):
-    eager, compiled = bench.folder / "eager", bench.folder / "compiled"
-    bench.call(bench.config, "--run.dir", eager, "--optim.steps", 5)
-    codes, output = bench.call(
-        bench.config, "--run.dir", compiled, "--optim.steps", 5, "--run.compile", "true"
-    )
-    assert codes == [0], output
-    for (step, loss, _), (_, other, _) in zip(losses(eager), losses(compiled), strict=True):
-        assert other == pytest.approx(loss, rel=1e-4), step
+@pytest.mark.parametrize("precision,ranks,tolerance", [("fp32", 1, 1e-4), ("bf16", 2, 2e-2)])
+def test_compiled_equals_eager(bench, precision, ranks, tolerance):
+    runs = []
+    for compiled in ("false", "true"):
+        run = bench.folder / f"compile-{compiled}-{precision}"
+        arguments = [bench.config, "--run.dir", run, "--optim.steps", 5, "--run.compile", compiled]
+        log = bench.folder / f"{run.name}.log"
+        bench.server.run([*arguments, "--precision.mixed", precision], log, ranks)
+        runs.append(losses(run))
+    for (step, loss, _), (_, other, _) in zip(*runs, strict=True):
+        assert other == pytest.approx(loss, rel=tolerance), step
 
 
 @pytest.mark.slow

@@ -272,6 +272,10 @@ def load(dataset: Dataset, batches: Iterable[np.ndarray] | None, workers: int, p
             if isinstance(batch, ValueError):
                 raise batch
             yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"a loader process died ({error}); go on with selfsup train --resume") from error
     finally:
         if workers:
             iterator._shutdown_workers()  # now, not when the garbage collector comes by

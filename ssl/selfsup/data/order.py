@@ -134,11 +134,16 @@ class BatchPlan:
             )
         step = self.micro_batch * self.world
         if self.global_batch % step:
-            nearest = max(1, (2 * self.global_batch + step) // (2 * step)) * step
+            share = self.global_batch // self.world
+            if share * self.world == self.global_batch:
+                micro = max(m for m in range(1, share + 1) if share % m == 0 and m <= self.micro_batch)
+                fix = f"--run.micro-batch {micro}"
+            else:
+                nearest = max(1, (2 * self.global_batch + step) // (2 * step)) * step
+                fix = f"--optim.batch-size {nearest}"
             raise ValueError(
-                "optim.batch_size: expected a multiple of run.micro_batch x processes = "
-                f"{self.micro_batch} x {self.world} = {step}, got {self.global_batch}; nearest valid: "
-                f"--optim.batch-size {nearest}"
+                f"optim.batch_size: expected a multiple of run.micro_batch x processes = {self.micro_batch} x "
+                f"{self.world} = {step}, got {self.global_batch}; nearest valid: {fix}"
             )
 
     @property

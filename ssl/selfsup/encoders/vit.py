@@ -96,7 +96,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """MAE's initialisation (`models_mae.py`, initialize_weights)."""
+        """MAE's initialisation (`models_mae.py`, initialize_weights), every bias zero."""
         init_linear_layers(self)
         # The convolution as the linear layer it is: xavier over (embed_dim, c*p*p).
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))

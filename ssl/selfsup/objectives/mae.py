@@ -46,6 +46,8 @@ class MAEConfig(Section):
                 f"objective.decoder_num_heads: expected a divisor of decoder_embed_dim "
                 f"{self.decoder_embed_dim}, got {self.decoder_num_heads}"
             )
+        if self.norm_pix_loss and encoder.patch_size**2 * encoder.in_chans == 1:
+            raise ValueError("objective.norm_pix_loss: a patch of one value has no variance; set it to false")
         if not 0 < num_visible(encoder.num_patches, self.mask_ratio) < encoder.num_patches:
             raise ValueError(
                 f"objective.mask_ratio: {self.mask_ratio} of {encoder.num_patches} patches leaves none "
@@ -191,7 +193,9 @@ class MAE(Objective):
         batch = batch._replace(
             images=batch.images[:8], epoch=batch.epoch[:8], position=batch.position[:8], index=batch.index[:8]
         )
-        pred, mask = self.predict(batch.images, self.noise(batch))
+        training = self.training
+        pred, mask = self.eval().predict(batch.images, self.noise(batch))  # no drop path in a picture
+        self.train(training)
         pred, target, hidden = pred.float(), patchify(batch.images, patch_size), mask[..., None]
         name = "reconstruction: input, masked, predicted, pasted"
         if self.config.norm_pix_loss:
