@@ -28,7 +28,6 @@ from selfsup.optim import OptimConfig, build_optimizer
 
 Precision = Literal["fp32", "bf16"]
 Step = Callable[[], None]
-DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 
 
 def main(
@@ -37,6 +36,9 @@ def main(
     embed_dim: int = 192,
     depth: int = 12,
     num_heads: int = 3,
+    decoder_embed_dim: int = 512,
+    decoder_depth: int = 8,
+    decoder_num_heads: int = 16,
     batch_size: int = 128,
     precision: Precision = "bf16",
     rounds: int = 5,
@@ -53,6 +55,9 @@ def main(
         embed_dim: encoder width.
         depth: encoder blocks.
         num_heads: encoder heads.
+        decoder_embed_dim: decoder width.
+        decoder_depth: decoder blocks.
+        decoder_num_heads: decoder heads.
         batch_size: images per step.
         precision: bf16 is autocast.
         rounds: timed steps of each contestant, after two that are not counted.
@@ -65,18 +70,21 @@ def main(
     vit = ViTConfig(
         img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
     )
+    mae = MAEConfig(
+        decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads
+    )
     where = torch.device(device)
     if shards is not None:
         contestants = {
-            "selfsup, ready tensors": ours(vit, "reference", batch_size, precision, where, compile),
-            "selfsup, from shards": from_shards(vit, shards, batch_size, precision, where, compile),
+            "selfsup, ready tensors": ours(mae, vit, "reference", batch_size, precision, where, compile),
+            "selfsup, from shards": from_shards(mae, vit, shards, batch_size, precision, where, compile),
         }
     else:
         contestants = {
-            "transformers, sdpa (default)": theirs(vit, "sdpa", batch_size, precision, where, compile),
-            "transformers, eager": theirs(vit, "eager", batch_size, precision, where, compile),
-            "selfsup, reference": ours(vit, "reference", batch_size, precision, where, compile),
-            "selfsup, torch": ours(vit, "torch", batch_size, precision, where, compile),
+            "transformers, sdpa (default)": theirs(mae, vit, "sdpa", batch_size, precision, where, compile),
+            "transformers, eager": theirs(mae, vit, "eager", batch_size, precision, where, compile),
+            "selfsup, reference": ours(mae, vit, "reference", batch_size, precision, where, compile),
+            "selfsup, torch": ours(mae, vit, "torch", batch_size, precision, where, compile),
         }
     print(
         f"ViT {embed_dim}/{depth}/{num_heads}, {img_size} px, patch {patch_size}, batch {batch_size}, {precision}, ",
@@ -105,6 +113,7 @@ def optimised(
 
 
 def ours(
+    mae: MAEConfig,
     vit: ViTConfig,
     attention: AttentionName,
     batch_size: int,
@@ -112,7 +121,7 @@ def ours(
     device: torch.device,
     compile: bool,
 ) -> Step:
-    module = MAEConfig(**DECODER).build(vit.model_copy(update={"attention": attention})).to(device)
+    module = mae.build(vit.model_copy(update={"attention": attention})).to(device)
     if compile:
         module.compile()
     images = torch.randn(batch_size, vit.in_chans, vit.img_size, vit.img_size, device=device)
@@ -122,10 +131,16 @@ def ours(
 
 
 def from_shards(
-    vit: ViTConfig, shards: str, batch_size: int, precision: Precision, device: torch.device, compile: bool
+    mae: MAEConfig,
+    vit: ViTConfig,
+    shards: str,
+    batch_size: int,
+    precision: Precision,
+    device: torch.device,
+    compile: bool,
 ) -> Step:
     """As `ours`, but images come from shards through one loader process: read, checked, decoded, cropped."""
-    module = MAEConfig(**DECODER).build(vit).to(device)
+    module = mae.build(vit).to(device)
     if compile:
         module.compile()
     data, plan = ImageData(shards=shards), BatchPlan(batch_size, batch_size, rank=0, world=1)
@@ -139,7 +154,13 @@ def from_shards(
 
 
 def theirs(
-    vit: ViTConfig, attention: str, batch_size: int, precision: Precision, device: torch.device, compile: bool
+    mae: MAEConfig,
+    vit: ViTConfig,
+    attention: str,
+    batch_size: int,
+    precision: Precision,
+    device: torch.device,
+    compile: bool,
 ) -> Step:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -150,10 +171,10 @@ def theirs(
         num_hidden_layers=vit.depth,
         num_attention_heads=vit.num_heads,
         intermediate_size=int(vit.embed_dim * vit.mlp_ratio),
-        decoder_hidden_size=DECODER["decoder_embed_dim"],
-        decoder_num_hidden_layers=DECODER["decoder_depth"],
-        decoder_num_attention_heads=DECODER["decoder_num_heads"],
-        decoder_intermediate_size=4 * DECODER["decoder_embed_dim"],
+        decoder_hidden_size=mae.decoder_embed_dim,
+        decoder_num_hidden_layers=mae.decoder_depth,
+        decoder_num_attention_heads=mae.decoder_num_heads,
+        decoder_intermediate_size=4 * mae.decoder_embed_dim,
         norm_pix_loss=True,
         attn_implementation=attention,
     )
