@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from running import ROOT, TESTS, Server, losses, make_shards, metrics, torchrun, wait_for, write_config
+from running import (
+    ROOT,
+    TESTS,
+    Server,
+    final_state,
+    losses,
+    make_shards,
+    metrics,
+    torchrun,
+    wait_for,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +78,32 @@ def test_accelerate_on_one_process(bench):
     done = accelerate("cpu.yaml", config, "--run.dir", folder / "cpu", "--run.expect-processes", 1)
     assert done.returncode == 0, done.stderr
     assert processes(folder / "cpu") == 1 and len(metrics(folder / "cpu")) == 20
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_under_accelerate(bench):
+    """kill -9 of the launcher and its ranks in mid-run; the resumed run ends bit for bit as one never stopped."""
+    folder, config = bench
+    run, log = folder / "killed", folder / "killed.log"
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch" / "cpu2.yaml"),
+    ]
+    command += ["-m", "selfsup.train", str(config), "--run.dir", str(run), "--run.device", "cpu"]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    wait_for(lambda: list(run.glob("checkpoints/step-00000006")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "outcome.json").exists(), "killed too late"
+    done = accelerate("cpu2.yaml", "--resume", run)
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(folder / "reference") and final_state(run) == final_state(
+        folder / "reference"
+    )
 
 
 @pytest.mark.slow
