@@ -28,6 +28,6 @@ The run folder   $run   (config.yaml, metrics.jsonl, checkpoints/, probe/, expor
 Watch it         .venv/bin/tensorboard --logdir runs
 Use it           timm.create_model("local-dir:$run/export/timm", pretrained=True)
 Your images      .venv/bin/selfsup data pack YOUR_FOLDER data/mine
-                 .venv/bin/selfsup train configs/mae/quickstart.yaml --data.shards data/mine --run.dir runs/mine
+                 .venv/bin/selfsup train configs/mae/cifar10.yaml --data.shards data/mine --run.dir runs/mine
 Every option     .venv/bin/selfsup train --help
 END

@@ -92,7 +92,7 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         save_now = done % run.checkpoint_every == 0 or done == optim.steps
         if optim.clip_grad_norm is not None or log_now:
             most = optim.clip_grad_norm or math.inf
-            grad_norm = float(accelerator.clip_grad_norm_(objective.parameters(), most))
+            grad_norm = accelerator.clip_grad_norm_(objective.parameters(), most)
         stepper.step()
         stepper.zero_grad()
         objective.after_step(done / optim.steps)
@@ -105,7 +105,7 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         if log_now and log is not None:
             values = {"loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "samples": state.samples}
             if math.isfinite(grad_norm):  # fp16 skips a step that overflows
-                values["grad_norm"] = grad_norm
+                values["grad_norm"] = float(grad_norm)
             if index is not None:
                 values["epoch"] = state.samples / len(index)
             speed = clock.read(optim.batch_size, objective.flops_per_sample(), peak and peak * plan.world)
