@@ -9,7 +9,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # on a busy machine two threads 
 ./launch/setup.sh
 started=$SECONDS
 .venv/bin/python tools/digits.py data/digits
-if compgen -G "$run/checkpoints/step-*" > /dev/null; then
+if [ -f "$run/config.yaml" ]; then
     .venv/bin/selfsup train --resume "$run"
 else
     .venv/bin/selfsup train configs/mae/quickstart.yaml

@@ -57,6 +57,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     model, stepper = accelerator.prepare(objective, optimizer)
     clock, peak = StepClock(), flops.peak(accelerator.device, recipe.precision.mixed)
     saved, outcome = None if resume is None else state.step, "finished"
+    if weights is not None:  # so that the run can be resumed from them whenever it is killed
+        dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
 
     for step in range(state.step, optim.steps):
         began = time.perf_counter()
@@ -174,11 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.resume is not None and (options.init_from is not None or options.dry_run):
             raise ValueError("--resume: goes on with a run; --init-from and --dry-run belong to a new one")
         if options.resume is not None:
-            found, passed_over = checkpoint.find_checkpoint(options.resume)
-            start.say(*passed_over)
-            run_dir = checkpoint.run_dir_of(found)
-            recipe = resumed(checkpoint.read_recipe(found), parse_overrides(overrides), run_dir)
-            return _leave(train(recipe, resume=found))
+            return _leave(go_on(options.resume, overrides))
         recipe = load_recipe(config, overrides)
         if options.dry_run:
             start.dry_run(recipe)
@@ -196,6 +194,17 @@ def main(arguments: list[str] | None = None) -> int:
         prefix = "error: " if rank == "0" else f"[rank {rank}] error: "
         print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr, flush=True)
         return 2
+
+
+def go_on(run: Path, overrides: list[str]) -> str:
+    """Resumes a run folder, or one of its checkpoints; from step 0 where the run was killed before its first."""
+    if (run / "config.yaml").exists() and not list(run.glob("checkpoints/step-*")):
+        start.say(f"{run}: no checkpoint yet, starting at step 0")
+        return train(resumed(load_recipe(run / "config.yaml", []), parse_overrides(overrides), run))
+    found, passed_over = checkpoint.find_checkpoint(run)
+    start.say(*passed_over)
+    run_dir = checkpoint.run_dir_of(found)
+    return train(resumed(checkpoint.read_recipe(found), parse_overrides(overrides), run_dir), resume=found)
 
 
 def _leave(outcome: str) -> int:

@@ -62,8 +62,6 @@ class Bench:
         log = self.folder / "log"
         options.setdefault("trace", str(self.folder / f"{name}.resumed"))
         arguments = ["--resume", self.folder / name]
-        if not list((self.folder / name).glob("checkpoints/step-*")):  # killed before its first checkpoint
-            arguments = self.arguments(name, 0)
         self.server.run(arguments, log, ranks, **options)
 
 
@@ -103,6 +101,23 @@ def test_kill_minus_nine_at_a_random_moment(bench, seed):
     assert not (run / "outcome.json").exists(), "killed too late: it had finished"
     bench.resume(name, ranks)
     check_equal(bench, name, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [False, True])
+def test_killed_before_the_first_checkpoint(bench, weights):
+    """It starts again from the seed, or from the weights it was given."""
+    kind = "weights" if weights else "seed"
+    extra = ["--run.checkpoint-every", 1000, *(["--init-from", bench.reference(1)[0]] if weights else [])]
+    whole, run = bench.folder / f"early-whole-{kind}", bench.folder / f"early-killed-{kind}"
+    bench.server.run([*bench.arguments(whole.name, 0), *extra], bench.folder / "log")
+    pids = bench.server.start([*bench.arguments(run.name, 0), *extra], bench.folder / "log")
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3)
+    kill(pids)
+    bench.server.wait(pids)
+    assert not (run / "outcome.json").exists(), "killed too late: it had finished"
+    bench.resume(run.name, 1)
+    assert losses(run) == losses(whole) and final_state(run) == final_state(whole)
 
 
 @pytest.mark.slow
