@@ -98,7 +98,7 @@ def resumed(recipe: Recipe, changes: dict[str, Any], run_dir: Path) -> Recipe:
             f"{', '.join(sorted(others))}: a resumed run keeps its recipe; only --run.* and --data.shards may "
             f"change. For a new run from these weights use --init-from"
         )
-    asked = changes.get("run", {}).get("dir", run_dir)
+    asked = str(changes.get("run", {}).get("dir", run_dir))
     if Path(asked).expanduser().absolute() != run_dir.absolute():
         raise ValueError(
             f"run.dir: a resumed run stays in its folder {run_dir}, got {asked}; copy the folder first"

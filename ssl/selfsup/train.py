@@ -187,9 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the loop's own handler was in place
         start.say("interrupted before the first step; nothing to save")
         return 128 + signal.SIGINT
-    except ValueError as error:
-        if isinstance(error, UnicodeError):
-            raise
+    except (ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         prefix = "error: " if rank == "0" else f"[rank {rank}] error: "
         print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr, flush=True)
@@ -198,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def go_on(run: Path, overrides: list[str]) -> str:
     """Resumes a run folder, or one of its checkpoints; from step 0 where the run was killed before its first."""
-    if (run / "config.yaml").exists() and not list(run.glob("checkpoints/step-*")):
+    if (run / "environment.json").exists() and not list(run.glob("checkpoints/step-*")):
         start.say(f"{run}: no checkpoint yet, starting at step 0")
         return train(resumed(load_recipe(run / "config.yaml", []), parse_overrides(overrides), run))
     found, passed_over = checkpoint.find_checkpoint(run)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from running import Server, kill, losses, make_shards, metrics, wait_for, write_config
+from running import Server, final_state, kill, losses, make_shards, metrics, wait_for, write_config
 from selfsup.train import INTERRUPTED
 
 
@@ -216,6 +216,18 @@ def test_resume_refuses_other_data_and_other_recipes(bench):
     )
     codes, output = bench.call("--resume", run)
     assert codes == [0] and "finished at step 6 of 6" in output
+
+
+def test_resume_from_an_older_checkpoint(bench):
+    """By its own path, from anywhere; the later one is set aside, and the end is the same."""
+    run = bench.folder / "older"
+    bench.call(bench.config, "--run.dir", run, "--optim.steps", 6)
+    before = final_state(run)
+    codes, output = bench.call("--resume", run / "checkpoints" / "step-00000003")
+    assert codes == [0] and "step-00000006 is set aside" in output
+    assert final_state(run) == before and [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    codes, output = bench.call("--resume", run, "--run.dir", bench.folder / "other")
+    assert codes == [2] and "run.dir: a resumed run stays in its folder" in output
 
 
 def test_dry_run_writes_nothing(bench):
