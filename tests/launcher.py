@@ -8,6 +8,7 @@ processes in their own process groups either way.
 import json
 import os
 import sys
+import time
 import traceback
 import zlib
 from pathlib import Path
@@ -21,14 +22,33 @@ from selfsup.train import main
 
 
 def instrument(options: dict) -> None:
-    """options: trace (a path: one JSON line a micro-batch and rank), float64, mutant (a name in mutants.py)."""
+    """options: trace (a path: one JSON line a micro-batch and rank), float64, mutant (a name in mutants.py),
+    delay (seconds before each micro-batch: time to be killed in)."""
     torch.set_num_threads(1)
     if options.get("float64"):
         torch.set_default_dtype(torch.float64)
     if options.get("mutant"):
         getattr(mutants, options["mutant"])()
+    if options.get("delay"):
+        slow_down(options["delay"])
     if options.get("trace"):
         trace(Path(options["trace"]))
+
+
+def slow_down(seconds: float) -> None:
+    """Sleeps before each micro-batch."""
+    original = start.open_batches
+
+    def open_batches(*arguments):
+        inner = original(*arguments)
+        try:
+            for batch in inner:
+                time.sleep(seconds)
+                yield batch
+        finally:
+            inner.close()
+
+    start.open_batches = open_batches
 
 
 def trace(path: Path) -> None:

@@ -92,9 +92,10 @@ def test_killed_and_resumed_under_accelerate(bench):
         "--config_file",
         str(ROOT / "launch" / "cpu2.yaml"),
     ]
-    command += ["-m", "selfsup.train", str(config), "--run.dir", str(run), "--run.device", "cpu"]
+    command += [str(TESTS / "launcher.py"), str(config), "--run.dir", str(run), "--run.device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "SELFSUP_TEST": '{"delay": 0.05}'}
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=env)
     wait_for(lambda: list(run.glob("checkpoints/step-00000006")))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
