@@ -72,8 +72,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """`--objective.mask-ratio 0.6 --run.compile` as a nested dict; values are YAML scalars.
 
-    Several values after one key make a list; none makes `true`. Raises ValueError for a value
-    without a key.
+    Several values after one key make a list; none makes `true`. Read here and not by tyro, which
+    validates every section by itself and so cannot name the whole key of a fault. Raises ValueError
+    for a value without a key.
     """
     overrides: dict[str, Any] = {}
     rest = list(arguments)
