@@ -10,9 +10,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 
+from selfsup.checkpoint import TrainState, save_checkpoint
+from selfsup.config import validate
 from selfsup.data.pack import pack_arrays
+from selfsup.optim import build_optimizer
+from selfsup.recipe import Recipe
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -31,6 +36,19 @@ def make_shards(folder: Path, samples: int = 83, per_shard: int = 30) -> Path:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (samples, 4, 5, 1)).repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
     pack_arrays(images, np.arange(samples) % 3, ["a", "b", "c"], folder, per_shard)
+    return folder
+
+
+def save_untrained(folder: Path, content: dict, noise: float, facts: dict, step: int) -> Path:
+    """A run folder as training leaves it, without the training: initial weights plus `noise`."""
+    recipe = validate(Recipe, content)
+    torch.manual_seed(recipe.seed)
+    objective = recipe.objective.build(recipe.encoder)
+    with torch.no_grad():
+        for p in objective.parameters():
+            p += noise * torch.randn_like(p)
+    optimizer = build_optimizer(recipe.optim, objective)
+    save_checkpoint(folder, TrainState(objective, optimizer, None, recipe, step, 1792, facts))
     return folder
 
 

@@ -58,7 +58,7 @@ def save_checkpoint(run_dir: Path, state: TrainState) -> Path:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         _write(tmp, state)
-        if final.exists():  # a damaged one: a resumed run sets aside all that lie ahead of it
+        if final.exists():  # this very step was saved before
             shutil.rmtree(final)
         os.rename(tmp, final)
         fsync_path(folder)
@@ -122,11 +122,7 @@ def _write(tmp: Path, state: TrainState) -> None:
 def optimizer_to_names(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """An optimizer's state as tensors keyed `exp_avg:encoder.norm.weight`, and its groups as JSON."""
     content = optimizer.state_dict()
-    names = {
-        i: name
-        for group in content["param_groups"]
-        for i, name in zip(group["params"], group["param_names"], strict=True)
-    }
+    names = _parameter_names(content)
     tensors = {
         f"{key}:{names[i]}": value.contiguous()
         for i, entries in content["state"].items()
@@ -145,11 +141,7 @@ def optimizer_from_names(
     theirs = [group["param_names"] for group in groups]
     if ours != theirs:
         raise ValueError("optimizer state: its parameter names are not those of this model")
-    index = {
-        name: i
-        for group in content["param_groups"]
-        for i, name in zip(group["params"], group["param_names"], strict=True)
-    }
+    index = {name: i for i, name in _parameter_names(content).items()}
     for key, value in tensors.items():
         field, name = key.split(":", 1)
         state.setdefault(index[name], {})[field] = value
@@ -157,6 +149,15 @@ def optimizer_from_names(
         {**new, "params": old["params"]} for old, new in zip(content["param_groups"], groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def _parameter_names(content: dict[str, Any]) -> dict[int, str]:
+    """An optimizer's state_dict numbers its parameters; their names by number."""
+    return {
+        i: name
+        for group in content["param_groups"]
+        for i, name in zip(group["params"], group["param_names"], strict=True)
+    }
 
 
 def restore(checkpoint: Path, state: TrainState) -> TrainState:
@@ -197,24 +198,25 @@ def read_recipe(checkpoint: Path) -> Recipe:
     return validate(Recipe, read_yaml(checkpoint / "config.yaml"))
 
 
-def load_encoder(source: Path) -> tuple[ViT, Recipe]:
-    """The pretrained encoder of a run folder or checkpoint, in eval mode, and its recipe."""
-    checkpoint, _ = find_checkpoint(source)
+def load_encoder(source: Path) -> tuple[ViT, Recipe, Path, list[str]]:
+    """The pretrained encoder of a run folder or checkpoint, in eval mode, its recipe, and what
+    `find_checkpoint` says: the checkpoint, and a line for every newer one that is damaged."""
+    checkpoint, passed_over = find_checkpoint(source)
     recipe = read_recipe(checkpoint)
     encoder = recipe.encoder.build()
     weights = load_file(checkpoint / "objective.safetensors")
     prefix = "encoder."
     encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    return encoder.eval(), recipe
+    return encoder.eval(), recipe, checkpoint, passed_over
 
 
 def init_from(source: Path, objective: nn.Module, recipe: Recipe) -> str:
-    """Loads weights only, for a new run; returns a sentence saying what was taken.
+    """Loads weights only, for a new run; returns lines saying what was taken and what passed over.
 
     The whole objective where the saved one has the same name, else its encoder.
     Raises ValueError where shapes or names do not fit.
     """
-    checkpoint, _ = find_checkpoint(source)
+    checkpoint, passed_over = find_checkpoint(source)
     saved = read_recipe(checkpoint)
     weights = load_file(checkpoint / "objective.safetensors")
     whole = saved.objective.name == recipe.objective.name
@@ -230,7 +232,7 @@ def init_from(source: Path, objective: nn.Module, recipe: Recipe) -> str:
         )
     objective.load_state_dict(weights, strict=whole)
     part = "all weights" if whole else "the encoder's weights"
-    return f"initialised {part} from {checkpoint}"
+    return "\n".join([*passed_over, f"initialised {part} from {checkpoint}"])
 
 
 def _shape(tensors: dict[str, Tensor], key: str) -> tuple[int, ...] | None:

@@ -178,9 +178,7 @@ def _range(section: type[Section], content: dict[str, Any], location: list[Any])
         if isinstance(part, int) or not members:  # an entry of a tuple
             constraints = _constraints(typing.get_args(annotation)[part])
             continue
-        chosen = (content.get("name") if isinstance(content, dict) else None) or None
-        named = [m for m in members if "name" in m.model_fields and m.model_fields["name"].default == chosen]
-        field = (named or members)[0].model_fields[part]
+        field = _chosen(members, content)[0].model_fields[part]
         annotation, constraints = field.annotation, field.metadata + _constraints(field.annotation)
         content = content.get(part, {}) if isinstance(content, dict) else {}
     bounds = {
@@ -206,7 +204,18 @@ def _constraints(annotation: Any) -> list[Any]:
 def _union_tags(section: type[Section]) -> set[str]:
     """The names of all members of the section's unions: pydantic puts them into its locations."""
     members = [m for field in section.model_fields.values() for m in _members(field.annotation)]
-    return {m.model_fields["name"].default for m in members if "name" in m.model_fields}
+    return {_name(m) for m in members} - {None}
+
+
+def _name(member: type[Section]) -> str | None:
+    """The `name` by which a member of a union is chosen; None for a section without one."""
+    return member.model_fields["name"].default if "name" in member.model_fields else None
+
+
+def _chosen(members: list[type[Section]], content: Any) -> list[type[Section]]:
+    """The member that the `name` in `content` picks; all of them where it picks none."""
+    name = content.get("name") if isinstance(content, dict) else None
+    return [m for m in members if name is not None and _name(m) == name] or members
 
 
 def _members(annotation: Any) -> list[type[Section]]:
@@ -222,13 +231,9 @@ def _nearest(section: type[Section], content: dict[str, Any], key: str) -> str |
     """The valid key closest to a mistyped one: same section first, then anywhere."""
     valid = []
     for name, field in section.model_fields.items():
-        members = _members(field.annotation)
-        chosen = (content.get(name) or {}).get("name") if isinstance(content.get(name), dict) else None
-        picked = [
-            m for m in members if m.model_fields.get("name") and m.model_fields["name"].default == chosen
-        ]
+        members = _chosen(_members(field.annotation), content.get(name))
         valid.append(name)
-        valid += [f"{name}.{inner}" for m in picked or members for inner in m.model_fields]
+        valid += [f"{name}.{inner}" for m in members for inner in m.model_fields]
     by_leaf = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
     if by_leaf:
         return by_leaf[0]

@@ -1,6 +1,7 @@
 """The run folder: claimed by one run at a time, and enough to know what was run and to run it again."""
 
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -74,6 +75,7 @@ def environment(processes: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def git_revision() -> str | None:
     """The commit of the checkout this package is imported from; None outside a git checkout."""
     folder = Path(__file__).parent

@@ -189,20 +189,11 @@ def dry_run(recipe: Recipe) -> None:
     )
 
 
-def print_help(config: Path | None) -> None:
-    """How to call `selfsup train`, and every key of a recipe with its default and meaning."""
+def print_help(config: Path | None, usage: str) -> None:
+    """`usage`, then every key of a recipe with its default and meaning."""
     required = {"data": {"shards": "DIR"}, "run": {"dir": "DIR"}}
     recipe = validate(Recipe, merge(required, read_yaml(config)) if config is not None else required)
-    usage = (
-        "selfsup train CONFIG [--key value ...]   a new run\n"
-        "selfsup train --resume DIR               an interrupted run goes on (only --run.* may change)\n"
-        "selfsup train CONFIG --init-from DIR     a new run from the weights of another\n"
-        "selfsup train CONFIG --dry-run           print what would run, take one batch through\n\n"
-        "Every key below can be set in the YAML or after it on the command line."
-    )
     marked = tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[Recipe]]
-    Console().print(
-        tyro.extras.get_parser(marked, prog="selfsup train", description=usage, default=recipe).format_help(),
-        markup=False,
-        highlight=False,
-    )
+    parser = tyro.extras.get_parser(marked, prog="selfsup train", default=recipe)
+    print(usage)  # as it stands: as a parser's description its lines would be run together
+    Console().print(parser.format_help(), markup=False, highlight=False)

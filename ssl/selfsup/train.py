@@ -1,9 +1,12 @@
 """The training loop: the only one. `main` reads the command line, `train` trains.
 
 selfsup train CONFIG [--section.key value ...]      a new run
-selfsup train --resume DIR                          an interrupted run goes on
+selfsup train --resume DIR                          an interrupted run goes on (only --run.* and
+                                                    --data.shards may change)
 selfsup train CONFIG --init-from DIR                a new run from the weights of another
 selfsup train CONFIG --dry-run                      print what would run, take one batch through
+
+Every key of a recipe can be set in the YAML, or after it on the command line.
 """
 
 import argparse
@@ -59,6 +62,7 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     saved, outcome = None if resume is None else state.step, "finished"
     if weights is not None:  # so that the run can be resumed from them whenever it is killed
         dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
+        saved = state.step
 
     for step in range(state.step, optim.steps):
         began = time.perf_counter()
@@ -169,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(rest)
     try:
         if options.help:
-            start.print_help(config)
+            start.print_help(config, __doc__ or "")
             return 0
         if (config is None) == (options.resume is None):
             raise ValueError("expected a CONFIG for a new run, or --resume DIR; see selfsup train --help")

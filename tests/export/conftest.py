@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from selfsup.checkpoint import TrainState, save_checkpoint
-from selfsup.config import merge, validate
-from selfsup.optim import build_optimizer
-from selfsup.recipe import Recipe
+from running import save_untrained
+from selfsup.config import merge
 
 CONTENT = {
     "objective": {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
@@ -25,15 +22,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     """make_run({"encoder": {...}}, name="run", step=7) -> run folder; no tensor has its initial value."""
 
     def make(changes: dict[str, Any] | None = None, name: str = "run", step: int = 7) -> Path:
-        recipe = validate(Recipe, merge(CONTENT, changes or {}))
-        torch.manual_seed(recipe.seed)
-        objective = recipe.objective.build(recipe.encoder)
-        with torch.no_grad():
-            for p in objective.parameters():
-                p += 0.1 * torch.randn_like(p)
         facts = {"index_fingerprint": "f1ngerpr1nt", "git_revision": "abc123"}
-        optimizer = build_optimizer(recipe.optim, objective)
-        save_checkpoint(tmp_path / name, TrainState(objective, optimizer, None, recipe, step, 1792, facts))
-        return tmp_path / name
+        return save_untrained(tmp_path / name, merge(CONTENT, changes or {}), 0.1, facts, step)
 
     return make

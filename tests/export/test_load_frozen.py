@@ -20,7 +20,7 @@ IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_run_checkpoint_and_export_are_the_same_encoder(make_run, pool):
     run = make_run({"encoder": {"pool": pool}})
-    encoder, recipe = load_encoder(run)
+    encoder, recipe, *_ = load_encoder(run)
     folder = export_timm(run).folder
     checkpoint, _ = find_checkpoint(run)
     for source in (run, checkpoint, folder):

@@ -31,7 +31,7 @@ VARIANTS = {
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_loads_in_timm_and_transformers(make_run, changes):
     run = make_run(changes)
-    encoder, recipe = load_encoder(run)
+    encoder, recipe, *_ = load_encoder(run)
     report = export_timm(run)
     assert report.folder == run / "export" / "timm-step-7"
     assert {p.name for p in report.folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
@@ -72,7 +72,7 @@ def test_normalisation_and_size_reach_timm_and_transformers(make_run):
 def test_downstream_use_in_timm(make_run, pool):
     """A head, other channels, another size: none of them loses the norm."""
     folder = export_timm(make_run({"encoder": {"pool": pool}})).folder
-    encoder, _ = load_encoder(folder.parents[1])
+    encoder, *_ = load_encoder(folder.parents[1])
     for change in ({"num_classes": 5}, {"in_chans": 1}, {"img_size": 32}):
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, **change)
         assert torch.equal(model.norm.weight, encoder.norm.weight)
@@ -106,9 +106,9 @@ BUGS = [tanh_gelu, small_eps, dropped_norm, other_scale]
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_in_the_model_is_caught(make_run, monkeypatch, bug, changes):
     def load_with_bug(checkpoint):
-        encoder, recipe = load_encoder(checkpoint)
+        encoder, *rest = load_encoder(checkpoint)
         bug(encoder)
-        return encoder, recipe
+        return encoder, *rest
 
     run = make_run(changes)
     monkeypatch.setattr(export, "load_encoder", load_with_bug)
@@ -160,7 +160,7 @@ def test_fault_in_the_config_is_caught(make_run, monkeypatch, pool, fault):
 
 def test_verify_sees_nan_and_missing_weights(make_run):
     folder = export_timm(make_run()).folder
-    encoder, _ = load_encoder(folder.parents[1])
+    encoder, *_ = load_encoder(folder.parents[1])
     with torch.no_grad():
         encoder.norm.bias[0] = float("nan")
     with pytest.raises(ValueError, match="NOT exported"):

@@ -6,14 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sklearn.datasets import load_digits
 
-from selfsup.checkpoint import TrainState, save_checkpoint
-from selfsup.config import merge, validate
+from running import save_untrained
+from selfsup.config import merge
 from selfsup.data.pack import pack_arrays
-from selfsup.optim import build_optimizer
-from selfsup.recipe import Recipe
 
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 CLASSES = [str(i) for i in range(10)]
@@ -41,14 +38,6 @@ def make_run(tmp_path: Path, digits: Path) -> Callable[..., Path]:
             "data": {"shards": str(digits / "train"), "mean": [0.3], "std": [0.4]},
             "run": {"dir": "r"},
         }
-        recipe = validate(Recipe, merge(content, changes or {}))
-        torch.manual_seed(recipe.seed)
-        objective = recipe.objective.build(recipe.encoder)
-        with torch.no_grad():
-            for p in objective.parameters():
-                p += 0.02 * torch.randn_like(p)
-        optimizer = build_optimizer(recipe.optim, objective)
-        save_checkpoint(tmp_path / name, TrainState(objective, optimizer, None, recipe, step, 1792, {}))
-        return tmp_path / name
+        return save_untrained(tmp_path / name, merge(content, changes or {}), 0.02, {}, step)
 
     return make

@@ -118,7 +118,7 @@ def test_logreg_wants_classes_and_samples():
 
 def test_features_are_the_encoders_in_index_order(make_run, digits):
     run = make_run()
-    encoder, _ = load_encoder(run)
+    encoder, *_ = load_encoder(run)
     index = open_shards(str(digits / "test"))
     features = encoder_features(load_frozen(str(run)), index, batch_size=33)
     images = torch.cat([images for images, _, _ in eval_batches(index, 8, 1, 100)])

@@ -123,19 +123,26 @@ class ViT(nn.Module):
 
     def encode(self, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
         """All blocks and the last norm over any subset of embedded patches; class token first."""
-        return self.norm(self.intermediates(patches)[-1])
+        x = self.prepend_class_token(patches)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
     def intermediates(self, patches: Float[Tensor, "b n d"]) -> list[Float[Tensor, "b m d"]]:
         """The output of every block, before the last norm; class token first."""
-        x = patches
-        if self.cls_token is not None:
-            cls = self.cls_token + self.pos_embed[:, :1]
-            x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = self.prepend_class_token(patches)
         outputs = []
         for block in self.blocks:
             x = block(x)
             outputs.append(x)
         return outputs
+
+    def prepend_class_token(self, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """The class token with its position before the patches; nothing without one."""
+        if self.cls_token is None:
+            return patches
+        cls = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([cls.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
 
     def forward_features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:
         """All tokens after the last norm (timm's `forward_features`)."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfsup.checkpoint import find_checkpoint, load_encoder
+from selfsup.checkpoint import load_encoder
 from selfsup.encoders.vit import ViT
 from selfsup.export.card import POOLING
 from selfsup.recipe import Recipe
@@ -112,8 +112,7 @@ def _from_folder(source: str, folder: Path) -> FrozenEncoder:
 
 
 def _from_run(source: str, folder: Path) -> FrozenEncoder:
-    checkpoint, notes = find_checkpoint(folder)
-    encoder, recipe = load_encoder(checkpoint)
+    encoder, recipe, checkpoint, notes = load_encoder(folder)
     return replace(from_vit(encoder, recipe, source), checkpoint=checkpoint, notes=tuple(notes))
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from selfsup.checkpoint import find_checkpoint, load_encoder
+from selfsup.checkpoint import load_encoder
 from selfsup.durable import fsync_path
 from selfsup.encoders.vit import ViT, ViTConfig
 from selfsup.export.card import Check, model_card
@@ -79,8 +79,7 @@ def export_timm(source: Path, out: Path | None = None) -> ExportReport:
     Raises ValueError where the source is no checkpoint, `out` exists or cannot be written, or the
     reloaded model's outputs differ (see `verify`).
     """
-    checkpoint, passed_over = find_checkpoint(source)
-    encoder, recipe = load_encoder(checkpoint)
+    encoder, recipe, checkpoint, passed_over = load_encoder(source)
     state = json.loads((checkpoint / "state.json").read_text())
     final = out or _default_folder(checkpoint, state["step"])
     if final.exists():
