@@ -17,13 +17,15 @@ import torch
 
 import mutants
 from selfsup import dist, start
+from selfsup.ema import Ema
 from selfsup.objectives.mae import MAE
 from selfsup.train import main
 
 
 def instrument(options: dict) -> None:
     """options: trace (a path: one JSON line a micro-batch and rank), float64, mutant (a name in mutants.py),
-    delay (seconds before each micro-batch: time to be killed in)."""
+    delay (seconds before each micro-batch: time to be killed in), averages (a path: one CRC32 of the averaged
+    weights a step and rank)."""
     torch.set_num_threads(1)
     if options.get("float64"):
         torch.set_default_dtype(torch.float64)
@@ -33,6 +35,8 @@ def instrument(options: dict) -> None:
         slow_down(options["delay"])
     if options.get("trace"):
         trace(Path(options["trace"]))
+    if options.get("averages"):
+        trace_averages(Path(options["averages"]))
 
 
 def slow_down(seconds: float) -> None:
@@ -80,6 +84,21 @@ def trace(path: Path) -> None:
         return drawn
 
     start.open_batches, MAE.noise = open_batches, noise
+
+
+def trace_averages(path: Path) -> None:
+    """Writes what each rank holds as averaged weights after each update."""
+    original = Ema.update
+
+    def update(self, *arguments):
+        original(self, *arguments)
+        crc = 0
+        for value in self.tensors.values():
+            crc = zlib.crc32(value.numpy().tobytes(), crc)
+        with open(f"{path}.{dist.rank()}", "a") as file:
+            file.write(f"{crc}\n")
+
+    Ema.update = update
 
 
 def serve() -> None:

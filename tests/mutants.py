@@ -4,6 +4,7 @@ import torch
 
 from selfsup import checkpoint, dist, start, train
 from selfsup.data import images
+from selfsup.ema import Ema
 from selfsup.objectives import base, mae
 
 
@@ -87,3 +88,46 @@ def reordered_buckets() -> None:
     """DDP as it comes: after the first backward pass it sums in another order."""
     original = start.DistributedDataParallelKwargs
     start.DistributedDataParallelKwargs = lambda find_unused_parameters: original()
+
+
+def average_per_micro_batch() -> None:
+    """The average takes the weights in once for every micro-batch of a step."""
+    original_update, original_seed, micro_batches = Ema.update, train.seed_model, [0]
+
+    def seed_model(seed, step, micro):
+        micro_batches[0] = micro + 1
+        original_seed(seed, step, micro)
+
+    def update(self, module, step):
+        for _ in range(micro_batches[0]):
+            original_update(self, module, step)
+
+    train.seed_model, Ema.update = seed_model, update
+
+
+def average_before_the_step() -> None:
+    """The average takes in the weights that the optimizer is about to change."""
+    original, late = Ema.update, {}
+
+    def update(self, module, step):
+        before = late or {k: v.clone() for k, v in self.tensors.items()}
+        after = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        module.load_state_dict(before)
+        original(self, module, step)
+        module.load_state_dict(after)
+        late.update(after)
+
+    Ema.update = update
+
+
+def forgotten_average() -> None:
+    """A resume whose average starts from the weights it finds."""
+    Ema.load = lambda self, tensors: None
+
+
+def schedule_off_by_one() -> None:
+    """The rate of the next step."""
+    from selfsup.optim import OptimConfig
+
+    original = OptimConfig.lr
+    OptimConfig.lr = lambda self, step: original(self, step + 1)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from selfsup.checkpoint import TrainState, save_checkpoint
 from selfsup.config import validate
 from selfsup.data.pack import pack_arrays
+from selfsup.ema import Ema
 from selfsup.optim import build_optimizer
 from selfsup.recipe import Recipe
 
@@ -40,15 +41,17 @@ def make_shards(folder: Path, samples: int = 83, per_shard: int = 30) -> Path:
 
 
 def save_untrained(folder: Path, content: dict, noise: float, facts: dict, step: int) -> Path:
-    """A run folder as training leaves it, without the training: initial weights plus `noise`."""
+    """A run folder as training leaves it, without the training: initial weights plus `noise`; their average,
+    where the recipe keeps one, without it."""
     recipe = validate(Recipe, content)
     torch.manual_seed(recipe.seed)
     objective = recipe.objective.build(recipe.encoder)
+    ema = None if recipe.optim.ema is None else Ema(objective, recipe.optim.ema)
     with torch.no_grad():
         for p in objective.parameters():
             p += noise * torch.randn_like(p)
     optimizer = build_optimizer(recipe.optim, objective)
-    save_checkpoint(folder, TrainState(objective, optimizer, None, recipe, step, 1792, facts))
+    save_checkpoint(folder, TrainState(objective, optimizer, None, recipe, step, 1792, facts, ema))
     return folder
 
 

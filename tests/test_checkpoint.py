@@ -16,6 +16,7 @@ import torch
 from selfsup import checkpoint
 from selfsup.checkpoint import TrainState, find_checkpoint, init_from, load_encoder, restore, save_checkpoint
 from selfsup.config import validate
+from selfsup.ema import Ema
 from selfsup.optim import build_optimizer
 from selfsup.recipe import Recipe
 
@@ -290,3 +291,39 @@ def test_load_encoder_and_init_from(recipe, tmp_path):
     wider = validate(Recipe, {**CONTENT, "encoder": {**CONTENT["encoder"], "embed_dim": 32}})
     with pytest.raises(ValueError, match="do not fit this recipe, first .*: expected .* got"):
         init_from(tmp_path, state_of(wider, 0, 0).objective, wider)
+
+
+def averaged(recipe: Recipe, seed: int) -> TrainState:
+    """A state with an average that is not its weights."""
+    state = state_of(recipe, seed)
+    ema = Ema(state.objective, 0.9)
+    for value in ema.tensors.values():
+        value += 0.01 * torch.randn_like(value)
+    return state._replace(ema=ema)
+
+
+def test_averaged_weights_are_saved_verified_and_restored(tmp_path):
+    recipe = validate(Recipe, {**CONTENT, "optim": {"ema": 0.9}})
+    saved, fresh = averaged(recipe, 0), averaged(recipe, 1)
+    path = save_checkpoint(tmp_path, saved)
+    assert not equal(saved.ema.tensors, fresh.ema.tensors)
+    restored = restore(path, fresh)
+    assert equal(flat(saved), flat(restored)) and equal(saved.ema.tensors, restored.ema.tensors)
+    images = torch.randn(2, 3, 16, 16)
+    trained, average = load_encoder(tmp_path)[0], load_encoder(tmp_path, weights="ema")[0]
+    assert torch.equal(trained(images), saved.objective.encoder.eval()(images))
+    for name, value in average.state_dict().items():
+        assert torch.equal(value, saved.ema.tensors[f"encoder.{name}"]), name
+    assert not average.training and not torch.equal(average(images), trained(images))
+    content = (path / "ema.safetensors").read_bytes()
+    (path / "ema.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"SHA-256 differs from the manifest: ema\.safetensors"):
+        find_checkpoint(path)
+
+
+def test_averaged_weights_of_a_run_that_kept_none(recipe, tmp_path):
+    path = save_checkpoint(tmp_path, state_of(recipe, 0))
+    with pytest.raises(
+        ValueError, match=r"keeps no averaged weights \(its optim.ema is none\); use `trained`"
+    ):
+        load_encoder(path, weights="ema")

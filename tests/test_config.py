@@ -27,6 +27,18 @@ BASE = {"data": {"shards": "d"}, "run": {"dir": "r"}}
         ("--encoder.img-size 30", "encoder: patch_size: expected a divisor of img_size 30, got 16"),
         ("--encoder.in-chans 1", "data.mean: expected 1 values, one per encoder.in_chans, got 3"),
         ("--objective.mask-ratio 0.999", "objective.mask_ratio: 0.999 of 196 patches leaves none visible"),
+        ("--run.profile 20:10", "run.profile: expected FIRST:LAST, two steps with FIRST < LAST, like 10:20, got '20:10'"),
+        ("--run.profile 10:10", "run.profile: expected FIRST:LAST"),
+        ("--run.profile x", "run.profile: expected FIRST:LAST, two steps with FIRST < LAST, like 10:20, got 'x'"),
+        ("--run.profile 10:", "run.profile: expected FIRST:LAST"),
+        ("--run.profile", "run.profile: expected FIRST:LAST"),
+        ("--run.profile=-3:5", "run.profile: expected FIRST:LAST"),
+        ("--run.profile 10", "run.profile: expected FIRST:LAST, two steps with FIRST < LAST, like 10:20, got '10'"),
+        ("--run.profile 990:1010", "run.profile: expected steps up to optim.steps 1000, got 990:1010"),
+        ("--optim.ema 1", "optim.ema: expected 0 <= x < 1, got 1"),
+        ("--optim.schedule step", "optim.schedule: expected one of 'cosine', 'linear' or 'wsd', got 'step'"),
+        ("--optim.schedule wsd --optim.decay-fraction 0.99", "optim: decay_fraction: expected at most 0.95, what"),
+        ("--run.histogram-every -1", "run.histogram_every: expected 0 <= x, got -1"),
         ("--seed -1", "seed: expected 0 <= x < 4294967296, got -1"),
     ],
 )  # fmt: skip
@@ -57,6 +69,25 @@ def test_overrides():
 
 def test_scientific_notation_without_a_dot_is_a_number():
     assert validate(Recipe, merge(BASE, parse_overrides(["--optim.base-lr", "1e-3"]))).optim.base_lr == 1e-3
+
+
+def test_a_range_of_steps_is_not_a_number_of_base_sixty(tmp_path):
+    """YAML 1.1 reads 10:20 as 620."""
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {shards: d}\nrun: {dir: r, profile: 10:20}\noptim: {base_lr: 1.5}\n")
+    for recipe in (
+        load_recipe(path, []),
+        validate(Recipe, merge(BASE, parse_overrides("--run.profile 10:20 --optim.base-lr 1.5".split()))),
+    ):
+        assert recipe.run.profile == "10:20" and recipe.optim.base_lr == 1.5
+        path.write_text(dump_yaml(recipe))
+        assert load_recipe(path, []) == recipe
+    assert load_recipe(path, ["--run.profile", "none"]).run.profile is None
+    assert parse_overrides(["--a", "1:2.5", "--b", "1_000", "--c", "{a: 1, a: 2}"]) == {
+        "a": "1:2.5",
+        "b": 1000,
+        "c": "{a: 1, a: 2}",
+    }
 
 
 def test_dump_reads_back():

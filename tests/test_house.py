@@ -16,16 +16,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ssl" / "selfsup"
 
 FLOORS = {
-    "config": 0, "batch": 0, "dist": 0, "keyed": 0, "durable": 0,
+    "config": 0, "batch": 0, "dist": 0, "keyed": 0, "durable": 0, "memory": 0,
     "attention": 1, "data": 1,
     "layers": 2,
     "encoders": 3,
-    "optim": 4, "schedule": 3, "metrics": 4, "flops": 4,
+    "optim": 4, "schedule": 3, "metrics": 4, "flops": 4, "ema": 4, "profiling": 4,
     "objectives": 5,
     "recipe": 6,
     "checkpoint": 7,
     "run_folder": 8, "export": 8,
-    "probe": 9, "start": 9,
+    "probe": 9, "start": 9, "look": 9, "doctor": 9,
     "train": 10,
     "cli": 11,
 }  # fmt: skip

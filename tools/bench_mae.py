@@ -1,214 +1,251 @@
-"""MAE training steps per second: selfsup against Hugging Face's ViTMAEForPreTraining on the same work.
+"""MAE training steps per second: selfsup against transformers, lightly and timm on the same work.
 
     python tools/bench_mae.py                                  ViT-Tiny, 64 px, patch 8, batch 128, bf16
+    python tools/bench_mae.py --preset small                   ViT-Small, 224 px, patch 16, batch 16
+    python tools/bench_mae.py --only transformers selfsup      ratios are to the first one named
+    python tools/bench_mae.py --profile                        where our own step spends its time
     python tools/bench_mae.py --shards data/cifar10/train      end to end from shards against the pure step
     python tools/bench_mae.py --help
 
+Needs `pip install transformers "lightly>=1.6"`; a contestant whose library is missing is left out,
+and the output says so.
+
 One step is forward, backward and fused AdamW on the same shapes, mask ratio and decoder. The
-contestants take turns; printed are the median images/s, and the median and range of the ratio to
-the first one, round by round: ratios hold on a busy machine, single figures do not.
+contestants take turns, in an order rotated every round. Printed are the median images/s, and the
+median and range of the ratio to the first one, round by round: ratios hold on a busy machine, single
+figures do not. MFU is the model's FLOPs (selfsup.flops, the same for all) at the median rate, over the
+fastest square matrix product of the run, timed before every round in the same dtype on the same threads.
+Exits with 1 where a contestant's loss did not fall or it trains another number of parameters than the rest.
 """
 
-import statistics
-import time
+import dataclasses
+import json
+import os
+import platform
+import sys
 from collections.abc import Callable
-from typing import Literal
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from bench_mae_measure import Ceiling, Contestant, Precision, interleave, results, unfair
+from bench_mae_peers import WORDS, Name, build
+from bench_mae_profile import profile_steps, show_profile
+from torch import Tensor
 
-from selfsup.attention.dispatch import AttentionName
-from selfsup.batch import ImageBatch
+from selfsup.config import validate
 from selfsup.data.images import ImageData, train_batches
 from selfsup.data.index import open_shards
 from selfsup.data.order import BatchPlan
+from selfsup.durable import write_atomically
 from selfsup.encoders.vit import ViTConfig
 from selfsup.objectives.mae import MAEConfig
-from selfsup.optim import OptimConfig, build_optimizer
+from selfsup.run_folder import git_revision
 
-Precision = Literal["fp32", "bf16"]
-Step = Callable[[], None]
+PRESETS = {
+    "tiny": {"img_size": 64, "patch_size": 8, "embed_dim": 192, "num_heads": 3, "batch_size": 128},
+    "small": {"img_size": 224, "patch_size": 16, "embed_dim": 384, "num_heads": 6, "batch_size": 16},
+}
 
 
-def main(
-    img_size: int = 64,
-    patch_size: int = 8,
-    embed_dim: int = 192,
-    depth: int = 12,
-    num_heads: int = 3,
-    decoder_embed_dim: int = 512,
-    decoder_depth: int = 8,
-    decoder_num_heads: int = 16,
-    batch_size: int = 128,
-    precision: Precision = "bf16",
-    rounds: int = 5,
-    threads: int = 1,
-    device: Literal["cpu", "cuda"] = "cpu",
-    compile: bool = False,
-    shards: str | None = None,
-) -> None:
-    """Time MAE steps.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time."""
 
-    Args:
-        img_size: image side in pixels.
-        patch_size: patch side in pixels.
-        embed_dim: encoder width.
-        depth: encoder blocks.
-        num_heads: encoder heads.
-        decoder_embed_dim: decoder width.
-        decoder_depth: decoder blocks.
-        decoder_num_heads: decoder heads.
-        batch_size: images per step.
-        precision: bf16 is autocast.
-        rounds: timed steps of each contestant, after two that are not counted.
-        threads: torch threads.
-        device: where to run.
-        compile: torch.compile every contestant.
-        shards: a folder of shards: compare our step on ready tensors with our step fed from it.
-    """
-    torch.set_num_threads(threads)
-    vit = ViTConfig(
-        img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+    preset: Literal["tiny", "small"] = "tiny"
+    """tiny: ViT-Tiny, 64 px, patch 8, batch 128; small: ViT-Small, 224 px, patch 16, batch 16."""
+    img_size: int | None = None
+    """Image side in pixels; none: the preset's, as for the next four."""
+    patch_size: int | None = None
+    """Patch side in pixels."""
+    embed_dim: int | None = None
+    """Encoder width."""
+    num_heads: int | None = None
+    """Encoder heads."""
+    batch_size: int | None = None
+    """Images per step."""
+    depth: int = 12
+    """Encoder blocks."""
+    decoder_embed_dim: int = 512
+    """Decoder width."""
+    decoder_depth: int = 8
+    """Decoder blocks."""
+    decoder_num_heads: int = 16
+    """Decoder heads."""
+    only: tuple[Name, ...] = ()
+    """Contestants, in this order; none named: all, or selfsup with --profile."""
+    precision: Precision = "bf16"
+    """bf16 is autocast."""
+    rounds: int = 5
+    """Timed steps of each contestant, after two that are not counted."""
+    threads: int = 1
+    """Torch threads."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run."""
+    compile: bool = False
+    """torch.compile every contestant."""
+    shards: str | None = None
+    """A folder of shards: compare our step on ready tensors with our step fed from it."""
+    profile: bool = False
+    """No contest: the share of each kind of operator in the step."""
+    report: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write everything measured to this file."""
+
+    def configs(self) -> tuple[MAEConfig, ViTConfig, int]:
+        """Objective, encoder and batch size. Raises ValueError for sizes that do not fit."""
+        given = {key: getattr(self, key) for key in PRESETS[self.preset]}
+        sizes = PRESETS[self.preset] | {key: value for key, value in given.items() if value is not None}
+        batch_size = sizes.pop("batch_size")
+        vit = validate(ViTConfig, {**sizes, "depth": self.depth})
+        decoder = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+        mae = validate(MAEConfig, {key: getattr(self, key) for key in decoder})
+        mae.check(vit)
+        return mae, vit, batch_size
+
+    def check(self) -> None:
+        """Raises ValueError for options that do not go together."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no CUDA device; leave it out")
+        if self.rounds < 1 or self.threads < 1 or (self.batch_size is not None and self.batch_size < 1):
+            raise ValueError("--rounds, --threads, --batch-size: expected 1 or more")
+        if self.shards is not None and (self.only or self.profile):
+            raise ValueError("--shards compares selfsup with itself; leave out --only and --profile")
+        if self.profile and self.compile:
+            raise ValueError("--profile: compiled kernels hide their operators; leave out --compile")
+        if self.report is not None and not self.report.absolute().parent.is_dir():
+            raise ValueError(f"--json {self.report}: its folder does not exist; make it first")
+
+
+def main(options: Options) -> int:
+    """Runs the contest; returns the exit code. Raises ValueError for options that do not go together."""
+    mae, vit, batch_size = options.configs()
+    options.check()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    flops_per_image = mae.build(vit).flops_per_sample()
+    print(
+        f"ViT {vit.embed_dim}/{vit.depth}/{vit.num_heads}, {vit.img_size} px, patch {vit.patch_size}, decoder "
+        f"{mae.decoder_embed_dim}/{mae.decoder_depth}/{mae.decoder_num_heads}, batch {batch_size}, "
+        f"{flops_per_image / 1e9:.3g} GFLOP an image; {options.precision}, {options.device}, "
+        f"{options.threads} threads, {'compiled' if options.compile else 'eager'}, "
+        f"{options.rounds} rounds, torch {torch.__version__}",
+        flush=True,
     )
-    mae = MAEConfig(
-        decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads
-    )
-    where = torch.device(device)
-    if shards is not None:
-        contestants = {
-            "selfsup, ready tensors": ours(mae, vit, "reference", batch_size, precision, where, compile),
-            "selfsup, from shards": from_shards(mae, vit, shards, batch_size, precision, where, compile),
-        }
+    contestants, left_out = enter(options, mae, vit, batch_size, device)
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
+    if not contestants:
+        raise ValueError("--only: the libraries of all contestants are missing")
+    problems: list[str] = []
+    if options.profile:
+        found = {name: profile_steps(c.step, options.rounds, device) for name, c in contestants.items()}
+        for name, groups in found.items():
+            show_profile(WORDS[name], groups)
+        facts = {"profile": found}
     else:
-        contestants = {
-            "transformers, sdpa (default)": theirs(mae, vit, "sdpa", batch_size, precision, where, compile),
-            "transformers, eager": theirs(mae, vit, "eager", batch_size, precision, where, compile),
-            "selfsup, reference": ours(mae, vit, "reference", batch_size, precision, where, compile),
-            "selfsup, torch": ours(mae, vit, "torch", batch_size, precision, where, compile),
-        }
-    print(
-        f"ViT {embed_dim}/{depth}/{num_heads}, {img_size} px, patch {patch_size}, batch {batch_size}, {precision}, ",
-        end="",
-    )
-    print(
-        f"{device}, {threads} threads, {'compiled' if compile else 'eager'}, torch {torch.__version__}, {rounds} rounds"
-    )
-    report(interleave(contestants, rounds, where), batch_size)
+        ceiling = Ceiling(options.precision, device)
+        interleave(contestants, ceiling, options.rounds, device)
+        facts = results(contestants, ceiling, batch_size, flops_per_image)
+        show(facts)
+        problems = unfair(facts["contestants"])
+    for problem in problems:
+        print(f"not a fair contest: {problem}", file=sys.stderr)
+    if options.report is not None:
+        sizes = {"encoder": vit.model_dump(mode="json"), "objective": mae.model_dump(mode="json")}
+        head = {**machine(options, device), **sizes, "batch_size": batch_size}
+        facts = {**head, "left_out": left_out, "problems": problems, **facts}
+        write_atomically(options.report, json.dumps(facts, indent=1).encode())
+    return 1 if problems else 0
 
 
-def optimised(
-    module: torch.nn.Module, loss: Callable[[], torch.Tensor], precision: Precision, device: torch.device
-) -> Step:
-    """A training step around a loss."""
-    optimizer = build_optimizer(OptimConfig(), module)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def ours(
-    mae: MAEConfig,
-    vit: ViTConfig,
-    attention: AttentionName,
-    batch_size: int,
-    precision: Precision,
-    device: torch.device,
-    compile: bool,
-) -> Step:
-    module = mae.build(vit.model_copy(update={"attention": attention})).to(device)
-    if compile:
-        module.compile()
-    images = torch.randn(batch_size, vit.in_chans, vit.img_size, vit.img_size, device=device)
-    rows = torch.arange(batch_size, device=device)
-    batch = ImageBatch(images, 0, torch.zeros_like(rows), rows, rows)
-    return optimised(module, lambda: module(batch, float(batch_size)).loss, precision, device)
+def enter(
+    options: Options, mae: MAEConfig, vit: ViTConfig, batch_size: int, device: torch.device
+) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The contestants by name, and those whose library is missing with the reason."""
+    torch.manual_seed(0)
+    ready = torch.randn(batch_size, vit.in_chans, vit.img_size, vit.img_size, device=device)
+    # Noise has nothing to learn; a ramp across each patch lets every loss fall within three steps.
+    ready += 3 * (torch.arange(vit.img_size, device=device) % vit.patch_size) / vit.patch_size
+    alone = options.profile or options.shards is not None
+    names = options.only or (("selfsup",) if alone else tuple(WORDS))
+    contestants: dict[str, Contestant] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        try:
+            module = build(name, mae, vit).to(device)
+        except ImportError as error:
+            left_out[name] = str(error)
+            continue
+        if options.compile:
+            module.compile()
+        contestants[name] = Contestant(module, lambda: ready, options.precision)
+    if options.shards:
+        module = build("selfsup", mae, vit).to(device)
+        if options.compile:
+            module.compile()
+        images = images_from(options.shards, vit, batch_size, device)
+        contestants["selfsup from shards"] = Contestant(module, images, options.precision)
+    return contestants, left_out
 
 
-def from_shards(
-    mae: MAEConfig,
-    vit: ViTConfig,
-    shards: str,
-    batch_size: int,
-    precision: Precision,
-    device: torch.device,
-    compile: bool,
-) -> Step:
-    """As `ours`, but images come from shards through one loader process: read, checked, decoded, cropped."""
-    module = mae.build(vit).to(device)
-    if compile:
-        module.compile()
+def images_from(shards: str, vit: ViTConfig, batch_size: int, device: torch.device) -> Callable[[], Tensor]:
+    """Images through one loader process: read, checked, decoded, cropped, moved, normalised."""
     data, plan = ImageData(shards=shards), BatchPlan(batch_size, batch_size, rank=0, world=1)
     batches = train_batches(data, open_shards(shards), 0, vit.img_size, vit.in_chans, plan, 0, workers=1)
-
-    def loss() -> torch.Tensor:
-        batch = next(batches).to(device, data.mean, data.std)
-        return module(batch, float(batch_size)).loss
-
-    return optimised(module, loss, precision, device)
+    return lambda: next(batches).to(device, data.mean, data.std).images
 
 
-def theirs(
-    mae: MAEConfig,
-    vit: ViTConfig,
-    attention: str,
-    batch_size: int,
-    precision: Precision,
-    device: torch.device,
-    compile: bool,
-) -> Step:
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    config = ViTMAEConfig(
-        image_size=vit.img_size,
-        patch_size=vit.patch_size,
-        hidden_size=vit.embed_dim,
-        num_hidden_layers=vit.depth,
-        num_attention_heads=vit.num_heads,
-        intermediate_size=int(vit.embed_dim * vit.mlp_ratio),
-        decoder_hidden_size=mae.decoder_embed_dim,
-        decoder_num_hidden_layers=mae.decoder_depth,
-        decoder_num_attention_heads=mae.decoder_num_heads,
-        decoder_intermediate_size=4 * mae.decoder_embed_dim,
-        norm_pix_loss=True,
-        attn_implementation=attention,
+def show(facts: dict[str, Any]) -> None:
+    """The table."""
+    ceiling, rows = facts["ceiling"], facts["contestants"]
+    print(
+        f"ceiling {ceiling['flops_per_second'] / 1e12:.3f} TFLOP/s: the fastest product of "
+        f"{' or '.join(f'{n}^3' for n in ceiling['sizes'])}; best of a round "
+        f"{min(ceiling['rounds']) / 1e12:.3f} to {max(ceiling['rounds']) / 1e12:.3f}"
     )
-    module = ViTMAEForPreTraining(config).to(device)
-    if compile:
-        module.compile()
-    images = torch.randn(batch_size, vit.in_chans, vit.img_size, vit.img_size, device=device)
-    return optimised(module, lambda: module(images).loss, precision, device)
-
-
-def interleave(contestants: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per step, one of each contestant a round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 2):
-        for name, step in contestants.items():
-            began = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def report(seconds: dict[str, list[float]], batch_size: int) -> None:
-    """Median images/s of each, and its ratio to the first, round by round."""
-    first = next(iter(seconds.values()))
-    for name, times in seconds.items():
-        ratios = [base / mine for base, mine in zip(first, times, strict=True)]
-        rate = batch_size / statistics.median(times)
+    print(f"{'':46s}images/s  ratio (range)            MFU   of peak  parameters  loss")
+    for name, row in rows.items():
+        ratio = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+        peak = "unknown" if row["mfu_of_peak"] is None else f"{row['mfu_of_peak']:.1%}"
         print(
-            f"{name:30s} {rate:9.1f} images/s   x{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{WORDS.get(name, name):46s}{row['images_per_second']:8.1f}  {ratio:20s}{row['mfu']:8.1%}  "
+            f"{peak:>8s}  {row['parameters'] / 1e6:8.3f} M  {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}"
         )
 
 
+def machine(options: Options, device: torch.device) -> dict[str, Any]:
+    """Options, versions and machine."""
+    versions = {}
+    for name in ("selfsup", "torch", "timm", "transformers", "lightly"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "options": {**dataclasses.asdict(options), "report": str(options.report)},
+        "versions": versions,
+        "git_revision": git_revision(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        sys.exit(main(tyro.cli(Options, description=__doc__)))
+    except ValueError as error:
+        sys.exit(f"bench_mae: {error}")

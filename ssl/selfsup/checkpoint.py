@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,10 +19,14 @@ from torch import Tensor, nn
 
 from selfsup.config import dump_yaml, read_yaml, validate
 from selfsup.durable import fsync_path, sha256
+from selfsup.ema import Ema
 from selfsup.encoders.vit import ViT
+from selfsup.objectives.base import Objective
+from selfsup.optim import RESCUE
 from selfsup.recipe import Recipe
 
 FILES = {"objective.safetensors", "optimizer.safetensors", "config.yaml", "state.json"}
+EMA_FILE = "ema.safetensors"
 
 
 class TrainState(NamedTuple):
@@ -38,6 +42,8 @@ class TrainState(NamedTuple):
     """Samples consumed: the cursor of the data order."""
     facts: dict[str, Any]
     """Index fingerprint, order version, git revision: JSON values."""
+    ema: Ema | None = None
+    """Averaged weights, where optim.ema asks for them."""
 
 
 def save_checkpoint(run_dir: Path, state: TrainState) -> Path:
@@ -50,7 +56,7 @@ def save_checkpoint(run_dir: Path, state: TrainState) -> Path:
     if broken:
         raise ValueError(
             f"weights are not finite at step {state.step}, first {broken[0]}: checkpoint NOT saved; earlier ones "
-            f"are intact. Lower optim.base_lr, set optim.clip_grad_norm, or use precision.mixed: bf16"
+            f"are intact. {RESCUE}"
         )
     folder = run_dir / "checkpoints"
     final, tmp = folder / f"step-{state.step:08d}", folder / f".tmp-{state.step:08d}"
@@ -101,6 +107,8 @@ def _write(tmp: Path, state: TrainState) -> None:
     )
     tensors, groups = optimizer_to_names(state.optimizer)
     save_file(tensors, tmp / "optimizer.safetensors")
+    if state.ema is not None:
+        save_file({k: v.contiguous() for k, v in state.ema.tensors.items()}, tmp / EMA_FILE)
     (tmp / "config.yaml").write_text(dump_yaml(state.recipe))
     content = {
         "step": state.step,
@@ -161,7 +169,7 @@ def _parameter_names(content: dict[str, Any]) -> dict[int, str]:
 
 
 def restore(checkpoint: Path, state: TrainState) -> TrainState:
-    """Loads weights, optimizer and scaler in place; returns the state with its counters and facts."""
+    """Loads weights, optimizer, scaler and averages in place; returns the state with its counters and facts."""
     state.objective.load_state_dict(load_file(checkpoint / "objective.safetensors"))
     content = json.loads((checkpoint / "state.json").read_text())
     optimizer_from_names(
@@ -170,6 +178,8 @@ def restore(checkpoint: Path, state: TrainState) -> TrainState:
     scaler = content.pop("scaler")
     if state.scaler is not None and scaler is not None:
         state.scaler.load_state_dict(scaler)
+    if state.ema is not None:
+        state.ema.load(load_file(checkpoint / EMA_FILE))
     return state._replace(step=content.pop("step"), samples=content.pop("samples"), facts=content)
 
 
@@ -198,16 +208,40 @@ def read_recipe(checkpoint: Path) -> Recipe:
     return validate(Recipe, read_yaml(checkpoint / "config.yaml"))
 
 
-def load_encoder(source: Path) -> tuple[ViT, Recipe, Path, list[str]]:
-    """The pretrained encoder of a run folder or checkpoint, in eval mode, its recipe, and what
-    `find_checkpoint` says: the checkpoint, and a line for every newer one that is damaged."""
+Weights = Literal["trained", "ema"]
+"""Those of the last step, or their average over steps (optim.ema): asked for by name, so that a result
+always says which it was."""
+
+
+def load_objective(source: Path, weights: Weights = "trained") -> tuple[Objective, Recipe, Path, list[str]]:
+    """The whole pretrained objective of a run folder or checkpoint, in eval mode, its recipe, and what
+    `find_checkpoint` says: the checkpoint, and a line for every newer one that is damaged.
+
+    Raises ValueError for the average of a run that kept none.
+    """
     checkpoint, passed_over = find_checkpoint(source)
     recipe = read_recipe(checkpoint)
+    objective = recipe.objective.build(recipe.encoder)
+    objective.load_state_dict(_tensors(checkpoint, recipe, weights))
+    return objective.eval(), recipe, checkpoint, passed_over
+
+
+def load_encoder(source: Path, weights: Weights = "trained") -> tuple[ViT, Recipe, Path, list[str]]:
+    """The encoder alone, and the rest as `load_objective`."""
+    checkpoint, passed_over = find_checkpoint(source)
+    recipe, prefix = read_recipe(checkpoint), "encoder."
     encoder = recipe.encoder.build()
-    weights = load_file(checkpoint / "objective.safetensors")
-    prefix = "encoder."
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    tensors = _tensors(checkpoint, recipe, weights)
+    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     return encoder.eval(), recipe, checkpoint, passed_over
+
+
+def _tensors(checkpoint: Path, recipe: Recipe, weights: Weights) -> dict[str, Tensor]:
+    if weights == "ema" and recipe.optim.ema is None:
+        raise ValueError(
+            f"weights: {checkpoint} keeps no averaged weights (its optim.ema is none); use `trained`"
+        )
+    return load_file(checkpoint / ("objective.safetensors" if weights == "trained" else EMA_FILE))
 
 
 def init_from(source: Path, objective: nn.Module, recipe: Recipe) -> str:

@@ -10,12 +10,21 @@ usage: selfsup COMMAND ...
 
   train CONFIG [--key value ...]     pretrain; --resume DIR, --init-from DIR, --dry-run
   probe RUN [RUN ...]                score frozen features: weighted kNN and logistic regression
-  export RUN                         write a folder that timm and transformers load, and verify it
+  probe linear RUN [RUN ...]         MAE's linear probe; --mode paper augments, --seeds 0 1 2
+  probe attentive RUN [RUN ...]      an attentive probe of the patch tokens
+  probe finetune RUN [RUN ...]       fine-tune the whole encoder; --scratch: from random weights
+  probe fewshot RUN [RUN ...]        a few labelled images a class, over several draws
+  probe show FILE [FILE ...]         results of RUN/probe in one table
+  probe representation RUN           no labels: RankMe, alpha-ReQ, alignment, uniformity, LiDAR, CKA
+  export RUN                         for timm, transformers, torchvision, facebookresearch/mae; verified
   embed SOURCE SHARDS --out FILE     features with sample keys, to .npz or .safetensors
+  look RUN                           attention maps, reconstructions, views, neighbours, projector
+  doctor                             check libraries, devices, folders, shards
 
   data pack FOLDER DEST              a folder of images into WebDataset shards with an index
   data index SHARDS                  build the index of shards made elsewhere
   data check SHARDS                  verify every shard, checksum and image
+  data show SHARDS                   one HTML page: statistics, random samples, training views
 
 selfsup COMMAND --help tells more."""
 
@@ -29,12 +38,36 @@ def main() -> int:
                 from selfsup.train import main as train
 
                 return train(rest)
+            case ["probe", "representation", *rest]:
+                from selfsup.probe.describe import main_representation
+
+                return _call(main_representation, "selfsup probe representation", rest)
+            case ["probe", "linear", *rest]:
+                from selfsup.probe.linear import main_linear
+
+                return _call(main_linear, "selfsup probe linear", rest)
+            case ["probe", "attentive", *rest]:
+                from selfsup.probe.attentive import main_attentive
+
+                return _call(main_attentive, "selfsup probe attentive", rest)
+            case ["probe", "finetune", *rest]:
+                from selfsup.probe.finetune import main_finetune
+
+                return _call(main_finetune, "selfsup probe finetune", rest)
+            case ["probe", "fewshot", *rest]:
+                from selfsup.probe.fewshot import main_fewshot
+
+                return _call(main_fewshot, "selfsup probe fewshot", rest)
+            case ["probe", "show", *rest]:
+                from selfsup.probe.report import main_show
+
+                return _call(main_show, "selfsup probe show", rest)
             case ["probe", *rest]:
                 from selfsup.probe.compare import main_probe
 
                 return _call(main_probe, "selfsup probe", rest)
             case ["export", *rest]:
-                from selfsup.export.timm import main_export
+                from selfsup.export.command import main_export
 
                 return _call(main_export, "selfsup export", rest)
             case ["embed", *rest]:
@@ -53,6 +86,18 @@ def main() -> int:
                 from selfsup.data.check import main_check
 
                 return _call(main_check, "selfsup data check", rest)
+            case ["data", "show", *rest]:
+                from selfsup.look.page import main_show
+
+                return _call(main_show, "selfsup data show", rest)
+            case ["look", *rest]:
+                from selfsup.look.command import main_look
+
+                return _call(main_look, "selfsup look", rest)
+            case ["doctor", *rest]:
+                from selfsup.doctor.command import main_doctor
+
+                return tyro.cli(main_doctor, prog="selfsup doctor", args=rest)
             case [] | ["-h" | "--help"] | ["data"] | ["data", "-h" | "--help"]:
                 print(USAGE)
                 return 0

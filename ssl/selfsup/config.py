@@ -43,8 +43,16 @@ class Section(BaseModel):
         return read
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; here that is an error."""
+class _Loader(yaml.SafeLoader):
+    """YAML without two traps: the last of two equal keys wins in silence, and 10:20 is the number 620 (base 60).
+
+    Here the one is an error, the other text.
+    """
+
+    def resolve(self, kind: type, value: Any, implicit: Any) -> str:
+        tag = super().resolve(kind, value, implicit)
+        number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        return "tag:yaml.org,2002:str" if number and kind is yaml.ScalarNode and ":" in value else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -57,7 +65,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ValueError naming the file for anything else."""
     try:
-        content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)  # a SafeLoader
+        content = yaml.load(path.read_text(), Loader=_Loader)  # a SafeLoader
     except OSError as error:
         raise ValueError(f"{path}: cannot read the config: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
@@ -100,8 +108,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 def _scalar(text: str) -> Any:
     """A number, true, false or null as YAML reads them; anything else is text, a date or `~/x` too."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError):
         return text
     return value if value is None or isinstance(value, (bool, int, float)) else text
 

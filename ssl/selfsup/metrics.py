@@ -1,11 +1,10 @@
 """Numbers of a run: metrics.jsonl (full precision), TensorBoard, and one progress line."""
 
 import json
-import math
 import time
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -44,6 +43,23 @@ class MetricsLog:
         """Pictures (3, h, w) in [0, 1] into TensorBoard."""
         for name, picture in pictures.items():
             self._board.add_image(name, picture, step)
+
+    def histograms(self, step: int, module: nn.Module) -> None:
+        """Histograms of every trainable parameter's weights and gradient, as they stand, into TensorBoard.
+
+        Called after the optimizer's step they are the gradients it got, unscaled and clipped, and the
+        weights it left. A tensor that is not finite has no histogram; how many there were is printed.
+        """
+        trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        tensors = {f"weights/{name}": p.detach() for name, p in trainable}
+        tensors |= {f"gradients/{name}": p.grad for name, p in trainable if p.grad is not None}
+        finite = {name: values for name, values in tensors.items() if values.isfinite().all()}
+        for name, values in finite.items():
+            self._board.add_histogram(name, values, step)
+        if len(finite) < len(tensors):
+            print(
+                f"step {step}: {len(tensors) - len(finite)} of {len(tensors)} tensors are not finite: no histogram"
+            )
 
     def close(self) -> None:
         """Flushes and closes everything."""
@@ -96,12 +112,3 @@ class StepClock:
             values["mfu"] = rate * flops_per_sample / peak
         self.__init__()
         return values
-
-
-def require_finite(loss: float, step: int) -> None:
-    """Raises ValueError for a NaN or infinite loss: such a run is over, and must not be saved."""
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"loss is {loss} at step {step}: stopped without saving; the last checkpoint is intact. "
-            f"Lower optim.base_lr, set optim.clip_grad_norm, or use precision.mixed: bf16"
-        )

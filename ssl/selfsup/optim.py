@@ -1,5 +1,6 @@
-"""AdamW, its weight-decay groups, and the learning rate of a global batch."""
+"""AdamW, its weight-decay groups, the learning rate of a global batch, and when a run is lost."""
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -7,11 +8,14 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from selfsup.config import Section
-from selfsup.schedule import warmup_cosine
+from selfsup.schedule import warmup_cosine, warmup_linear, warmup_stable_decay
+
+RESCUE = "Lower optim.base_lr, set optim.clip_grad_norm, or use precision.mixed: bf16"
+"""What to try where a loss or weights are no longer finite."""
 
 
 class OptimConfig(Section):
-    """AdamW with linear warm-up and cosine decay (defaults: He et al. 2022, table 8)."""
+    """AdamW, a schedule with linear warm-up, an average of the weights (defaults: He et al. 2022, table 8)."""
 
     name: Literal["adamw"] = "adamw"
     steps: Annotated[int, Field(ge=1)] = 1000
@@ -20,10 +24,14 @@ class OptimConfig(Section):
     """Samples per optimizer step, over all processes and micro-batches."""
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
     """Peak learning rate per 256 samples of the global batch."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Learning rate after warm-up: half a cosine, a straight line, or wsd: constant, then 1 - sqrt."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps spent warming up."""
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of the steps, at the end, in which wsd decays; the other schedules have no such phase."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Decoupled decay of weights with two or more dimensions; none for biases and norms."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -32,11 +40,27 @@ class OptimConfig(Section):
     """AdamW's epsilon."""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the whole gradient; none: no clipping."""
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay per step of an average of the weights kept beside them for evaluation; none: no average.
+    0.999 averages over about the last 1,000 steps."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
         if self.min_lr > self.peak_lr:
             raise ValueError(f"min_lr: expected at most the peak {self.peak_lr:g}, got {self.min_lr:g}")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1 + 1e-9:
+            raise ValueError(
+                f"decay_fraction: expected at most {1 - self.warmup_fraction:g}, what warmup_fraction leaves, "
+                f"got {self.decay_fraction:g}"
+            )
+        if (
+            self.schedule != "wsd"
+            and self.decay_fraction != OptimConfig.model_fields["decay_fraction"].default
+        ):
+            raise ValueError(
+                f"decay_fraction: schedule {self.schedule} has no such phase; set optim.schedule: wsd, or leave "
+                f"it out"
+            )
         return self
 
     @property
@@ -46,7 +70,14 @@ class OptimConfig(Section):
 
     def lr(self, step: int) -> float:
         """Learning rate of step 0 .. steps - 1."""
-        return warmup_cosine(step, self.steps, self.peak_lr, self.warmup_fraction, self.min_lr)
+        course = (step, self.steps, self.peak_lr, self.warmup_fraction, self.min_lr)
+        match self.schedule:
+            case "cosine":
+                return warmup_cosine(*course)
+            case "linear":
+                return warmup_linear(*course)
+            case "wsd":
+                return warmup_stable_decay(*course, self.decay_fraction)
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -71,3 +102,11 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.AdamW
         eps=config.eps,
         fused=device.type in ("cpu", "cuda"),
     )
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Raises ValueError for a NaN or infinite loss: such a run is over, and must not be saved."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"loss is {loss} at step {step}: stopped without saving; the last checkpoint is intact. {RESCUE}"
+        )

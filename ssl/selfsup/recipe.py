@@ -7,9 +7,11 @@ from pydantic import Field, field_validator, model_validator
 
 from selfsup.config import Section, merge, parse_overrides, read_yaml, validate
 from selfsup.data.images import ImageData
+from selfsup.encoders import EncoderConfig
 from selfsup.encoders.vit import ViTConfig
 from selfsup.objectives import ObjectiveConfig
 from selfsup.optim import OptimConfig
+from selfsup.profiling import parse_range
 
 
 class PrecisionConfig(Section):
@@ -23,7 +25,8 @@ class PrecisionConfig(Section):
 
 class RunConfig(Section):
     """Where and how to run: nothing here changes the result beyond rounding (with drop path on, the
-    micro-batches and torch.compile decide which random numbers it draws)."""
+    micro-batches and torch.compile, there with activation_checkpointing, decide which random numbers
+    it draws)."""
 
     dir: str
     """The run folder: config, metrics, checkpoints, exports."""
@@ -37,6 +40,9 @@ class RunConfig(Section):
     """Torch threads per process; none: torch's own choice. A busy machine wants 1."""
     compile: bool = False
     """torch.compile the objective."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each transformer block and compute it again in the backward pass: less
+    memory, more time, the same gradients."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines in metrics.jsonl and TensorBoard."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
@@ -45,6 +51,13 @@ class RunConfig(Section):
     """Newest checkpoints kept."""
     picture_every: Annotated[int, Field(ge=0)] = 1000
     """Steps between pictures in TensorBoard; 0: none."""
+    histogram_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between histograms of weights and gradients in TensorBoard; 0: none."""
+    monitor_every: Annotated[int, Field(ge=0)] = 1000
+    """Steps between measurements of the encoder on at most 1,500 training images: feature_std, rankme, knn.
+    On CIFAR-10 one costs as much as 9 steps; on several processes the others wait for the first. 0: none."""
+    profile: str | None = None
+    """FIRST:LAST: profile the steps after step FIRST up to step LAST, into RUN/profile; none: no profile."""
     expect_processes: Annotated[int, Field(ge=1)] | None = None
     """Refuse to train on another number of processes."""
 
@@ -53,18 +66,30 @@ class RunConfig(Section):
     def _home(cls, value: str) -> str:
         return str(Path(value).expanduser())
 
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        if value is not None:
+            parse_range(str(value))
+        return value
+
 
 class Recipe(Section):
     """A pretraining run. Only `run` may differ between two runs with the same result."""
 
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
-    encoder: ViTConfig = Field(default_factory=ViTConfig)
+    encoder: EncoderConfig = Field(default_factory=ViTConfig)
     data: ImageData
     optim: OptimConfig = Field(default_factory=OptimConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Keys the order of the data, every random number on it, and the initial weights."""
     run: RunConfig
+
+    @field_validator("encoder", mode="before")
+    @classmethod
+    def _vit_unless_named(cls, value: Any) -> Any:
+        return {"name": "vit", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -75,6 +100,11 @@ class Recipe(Section):
                     f"data.{name}: expected {self.encoder.in_chans} values, one per encoder.in_chans, "
                     f"got {len(values)}"
                 )
+        last = 0 if self.run.profile is None else parse_range(self.run.profile).stop
+        if last > self.optim.steps:
+            raise ValueError(
+                f"run.profile: expected steps up to optim.steps {self.optim.steps}, got {self.run.profile}"
+            )
         return self
 
 

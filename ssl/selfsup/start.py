@@ -19,6 +19,10 @@ from selfsup.data.images import train_batches
 from selfsup.data.index import ShardIndex, check_shards, open_shards
 from selfsup.data.order import ORDER_VERSION, BatchPlan
 from selfsup.data.sequential import BROKEN_PROMISES, sequential_batches
+from selfsup.layers.block import Block
+from selfsup.memory import keep_freed_memory
+from selfsup.objectives.base import Objective
+from selfsup.profiling import StepProfiler, parse_range
 from selfsup.recipe import Recipe
 from selfsup.run_folder import git_revision
 
@@ -38,6 +42,8 @@ def accelerator(recipe: Recipe) -> Accelerator:
     on_cpu = run.device == "cpu" or not torch.cuda.is_available()
     if on_cpu and precision.mixed == "fp16":
         raise ValueError("precision.mixed: fp16 needs a CUDA device; use bf16 or fp32 on a CPU")
+    if on_cpu:
+        keep_freed_memory()
     torch.set_float32_matmul_precision(precision.float32_matmul)
     # DDP reorders its buckets after the first backward pass, which on three or more ranks changes
     # the order of its sums: a resumed run would differ in the last bit. With this switch it keeps
@@ -78,6 +84,24 @@ def check_accelerator(result: Accelerator, on_cpu: bool) -> None:
             f"distributed_type: expected NO, MULTI_CPU or MULTI_GPU, Accelerate's config file says "
             f"{result.distributed_type.value}; use one of launch/"
         )
+
+
+def build_objective(recipe: Recipe, device: torch.device) -> Objective:
+    """The objective with the weights that the seed gives it.
+
+    Raises ValueError where activation checkpointing is asked of a model without a `Block`.
+    """
+    torch.manual_seed(recipe.seed)
+    objective = recipe.objective.build(recipe.encoder).to(device)
+    blocks = [module for module in objective.modules() if isinstance(module, Block)]
+    if recipe.run.activation_checkpointing and not blocks:
+        raise ValueError(
+            "run.activation_checkpointing: expected a model with transformer blocks, this one has none; "
+            "set it to false"
+        )
+    for block in blocks:
+        block.checkpoint = recipe.run.activation_checkpointing
+    return objective
 
 
 def batch_plan(recipe: Recipe) -> BatchPlan:
@@ -132,6 +156,17 @@ def open_batches(
     return train_batches(data, index, recipe.seed, vit.img_size, vit.in_chans, plan, cursor, workers)
 
 
+def profiler(recipe: Recipe, step: int) -> StepProfiler | None:
+    """What `run.profile` asks for; says so where all its steps were done before `step`."""
+    if recipe.run.profile is None:
+        return None
+    steps = parse_range(recipe.run.profile)
+    if steps.stop <= step:
+        say(f"run.profile: steps {recipe.run.profile} are done, this run goes on from {step}: no profile")
+        return None
+    return StepProfiler(Path(recipe.run.dir) / "profile", steps)
+
+
 def summarise(
     recipe: Recipe, plan: BatchPlan, index: ShardIndex | None, state: TrainState, device: torch.device
 ) -> None:
@@ -154,8 +189,7 @@ def dry_run(recipe: Recipe) -> None:
     """Prints the resolved config, sizes and costs, and takes one micro-batch forward and backward."""
     device = accelerator(recipe).device
     plan, index = batch_plan(recipe), open_index(recipe)
-    torch.manual_seed(recipe.seed)
-    objective = recipe.objective.build(recipe.encoder).to(device)
+    objective = build_objective(recipe, device)
     optimizer = torch.optim.AdamW(objective.parameters())
     state = TrainState(objective, optimizer, None, recipe, 0, 0, {})
     batches = open_batches(recipe, index, plan, state)
@@ -177,7 +211,8 @@ def dry_run(recipe: Recipe) -> None:
     loss.backward()
     parameters = [p.numel() for p in objective.parameters()]
     trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    state_bytes = 4 * sum(parameters) + 12 * trainable  # weights; gradients and two AdamW moments
+    copies = 1 if recipe.optim.ema is None else 2
+    state_bytes = 4 * copies * sum(parameters) + 12 * trainable  # weights; gradients and two AdamW moments
     say(dump_yaml(recipe))
     summarise(recipe, plan, index, state, device)
     say(

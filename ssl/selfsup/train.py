@@ -24,9 +24,12 @@ import torch
 from selfsup import checkpoint, dist, flops, run_folder, start
 from selfsup.checkpoint import TrainState
 from selfsup.config import parse_overrides
+from selfsup.ema import Ema
 from selfsup.keyed import Purpose, random_bits
-from selfsup.metrics import MetricsLog, StepClock, require_finite
-from selfsup.optim import build_optimizer
+from selfsup.look.pictures import grid
+from selfsup.metrics import MetricsLog, StepClock
+from selfsup.optim import build_optimizer, require_finite
+from selfsup.probe.online import open_monitor
 from selfsup.recipe import Recipe, load_recipe, resumed
 
 
@@ -38,12 +41,12 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     """
     accelerator = start.accelerator(recipe)
     plan, index = start.batch_plan(recipe), start.open_index(recipe)
-    torch.manual_seed(recipe.seed)
-    objective = recipe.objective.build(recipe.encoder).to(accelerator.device)
-    optimizer = build_optimizer(recipe.optim, objective)
-    state = TrainState(objective, optimizer, accelerator.scaler, recipe, 0, 0, start.data_facts(index))
+    objective = start.build_objective(recipe, accelerator.device)
     if weights is not None:
         start.say(dist.together(checkpoint.init_from, weights, objective, recipe))
+    optimizer = build_optimizer(recipe.optim, objective)
+    ema = None if recipe.optim.ema is None else Ema(objective, recipe.optim.ema)
+    state = TrainState(objective, optimizer, accelerator.scaler, recipe, 0, 0, start.data_facts(index), ema)
     if resume is not None:
         state = start.resume(resume, state)
     run_dir, optim, run = Path(recipe.run.dir), recipe.optim, recipe.run
@@ -53,6 +56,10 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     dist.on_first_rank(run_folder.describe, run_dir, recipe, plan.world, accelerator.device)
     log = dist.on_first_rank(MetricsLog, run_dir, state.step, optim.steps)
     start.summarise(recipe, plan, index, state, accelerator.device)
+    monitor, monitored = None, 0 < run.monitor_every <= optim.steps
+    if monitored:
+        monitor = dist.on_first_rank(open_monitor, recipe, index, accelerator.device)
+    profiler = start.profiler(recipe, state.step)
 
     stop = StopSignal()
     if run.compile:
@@ -65,6 +72,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         saved = state.step
 
     for step in range(state.step, optim.steps):
+        if profiler is not None:
+            profiler.before(step)
         began = time.perf_counter()
         micro_batches, fault = [], None
         try:
@@ -94,14 +103,19 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
             loss += output.loss.detach()
 
         done = step + 1
-        log_now = done % run.log_every == 0 or done == optim.steps
+        measure_now = monitored and done % run.monitor_every == 0
+        log_now = measure_now or done % run.log_every == 0 or done == optim.steps
         save_now = done % run.checkpoint_every == 0 or done == optim.steps
         if optim.clip_grad_norm is not None or log_now:
             most = optim.clip_grad_norm or math.inf
             grad_norm = accelerator.clip_grad_norm_(objective.parameters(), most)
         stepper.step()
+        if log is not None and run.histogram_every and done % run.histogram_every == 0:
+            log.histograms(done, objective)
         stepper.zero_grad()
         objective.after_step(done / optim.steps)
+        if ema is not None:
+            ema.update(objective, done)
         state = state._replace(step=done, samples=state.samples + optim.batch_size)
         clock.step()
 
@@ -114,10 +128,13 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
                 values["grad_norm"] = float(grad_norm)
             if index is not None:
                 values["epoch"] = state.samples / len(index)
-            speed = clock.read(optim.batch_size, objective.flops_per_sample(), peak and peak * plan.world)
-            log.write(done, {**values, **speed})
+            values |= clock.read(optim.batch_size, objective.flops_per_sample(), peak and peak * plan.world)
+            if monitor is not None and measure_now:
+                values |= monitor.measure(objective.encoder)
+            log.write(done, values)
         if log is not None and run.picture_every and (done % run.picture_every == 0 or done == optim.steps):
-            log.pictures(done, objective.pictures(batch, recipe.data.mean, recipe.data.std))
+            views = {"training views": grid(micro_batches[-1].images[:64], 8)}
+            log.pictures(done, {**views, **objective.pictures(batch, recipe.data.mean, recipe.data.std)})
         if save_now:
             dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
             saved = done
@@ -126,6 +143,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
 
     if saved != state.step:  # interrupted between two checkpoints
         dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
+    if profiler is not None:
+        profiler.close(state.step)
     if log is not None:
         log.close()
     batches.close()

@@ -161,6 +161,26 @@ def test_four_processes(bench, mutant):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mutant", [None, "forgotten_average"])
+def test_averaged_weights_and_a_schedule_with_a_decay(bench, mutant):
+    options = ["--optim.ema", 0.9, "--optim.schedule", "wsd", "--optim.decay-fraction", 0.5]
+    whole, run = bench.folder / f"average-whole-{mutant}", bench.folder / f"average-killed-{mutant}"
+    bench.server.run([*bench.arguments(whole.name, 0), *options], bench.folder / "log", mutant=mutant)
+    pids = bench.server.start(
+        [*bench.arguments(run.name, 0), *options], bench.folder / "log", mutant=mutant, delay=DELAY
+    )
+    wait_for(lambda: list(run.glob("checkpoints/step-00000006")))
+    kill(pids)
+    bench.server.wait(pids)
+    assert not (run / "outcome.json").exists(), "killed too late: it had finished"
+    bench.resume(run.name, 1, mutant=mutant)
+    assert losses(run) == losses(whole) and final_state(run) == final_state(whole)
+    assert [line["lr"] for line in metrics(run)] == [line["lr"] for line in metrics(whole)]
+    averages = [(r / "checkpoints" / "step-00000020" / "ema.safetensors").read_bytes() for r in (run, whole)]
+    assert (averages[0] == averages[1]) == (mutant is None)
+
+
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_batches(bench):
     reference = bench.reference(1)
     name = "elastic"

@@ -15,13 +15,14 @@ from selfsup.data.index import open_shards
 from selfsup.data.pack import pack_arrays
 from selfsup.export.load import load_frozen
 from selfsup.export.timm import export_timm
-from selfsup.probe import compare
-from selfsup.probe.compare import default_shards, load_sources, main_probe, probe
+from selfsup.probe import sources
+from selfsup.probe.compare import main_probe, probe
 from selfsup.probe.embed import embed, main_embed
 from selfsup.probe.features import encoder_features, pixel_features, random_encoder
 from selfsup.probe.knn import knn_accuracy
 from selfsup.probe.logreg import logreg
-from selfsup.probe.report import print_result
+from selfsup.probe.report import print_results
+from selfsup.probe.sources import default_shards, load_sources
 
 CPU = torch.device("cpu")
 
@@ -85,11 +86,11 @@ def test_a_model_without_a_recipe_has_no_random_baseline(make_run, digits, tmp_p
 
 
 def test_pixels_too_many_are_left_out_and_said_so(make_run, digits, monkeypatch):
-    monkeypatch.setattr(compare, "PIXEL_LIMIT", 1000)
+    monkeypatch.setattr(sources, "PIXEL_LIMIT", 1000)
     result = probe(load_sources((str(make_run()),)), str(digits / "train"), str(digits / "test"), CPU)
     assert "pixels" not in result.scores and "limit" in result.left_out["pixels"]
     console = Console(record=True)
-    print_result(result, console)
+    print_results([result], console)
     assert "raw pixels: left out" in console.export_text()
 
 

@@ -68,6 +68,8 @@ class Bench:
         (["--data.shards", "s3://bucket/x"], "expected a local folder"),
         (["--init-from", "nowhere"], "no whole checkpoint"),
         (["--resume", "nowhere"], "expected a CONFIG for a new run, or --resume DIR"),
+        (["--run.profile", "20:10"], "run.profile: expected FIRST:LAST, two steps with FIRST < LAST, like 10:20"),
+        (["--run.profile", "10:30"], "run.profile: expected steps up to optim.steps 20, got 10:30"),
         (["stray"], "expected an option like"),
     ],
 )  # fmt: skip
@@ -246,6 +248,14 @@ def test_help_lists_every_key(bench):
             "--objective.mask-ratio",
             "Share of patches removed",
             "--run.expect-processes",
+            "--run.activation-checkpointing",
+            "--run.histogram-every",
+            "--run.monitor-every",
+            "--run.profile",
+            "profile the steps after step FIRST up to step",
+            "--optim.schedule",
+            "--optim.decay-fraction",
+            "--optim.ema",
             "selfsup train --resume DIR",
         ):
             assert words in output

@@ -163,12 +163,13 @@ def augment(
     position: Int64[np.ndarray, "b"],
     images: list[UInt8[np.ndarray, "_ _ c"]],
     img_size: int,
+    view: int = 0,
 ) -> UInt8[np.ndarray, "b c s s"]:
-    """The training view of each image: uint8 (b, c, img_size, img_size)."""
+    """A random view of each image: uint8 (b, c, img_size, img_size). Training takes view 0."""
     shapes = np.array([image.shape[:2] for image in images], dtype=np.int64)
     height, width = shapes[:, 0], shapes[:, 1]
-    boxes = crop_boxes(seed, epoch, position, height, width, config.crop_scale, config.crop_ratio)
-    return crop_and_resize(images, boxes, flips(seed, epoch, position, config.hflip), img_size)
+    boxes = crop_boxes(seed, epoch, position, height, width, config.crop_scale, config.crop_ratio, view)
+    return crop_and_resize(images, boxes, flips(seed, epoch, position, config.hflip, view), img_size)
 
 
 class EvalImages(Dataset):

@@ -3,17 +3,18 @@
 A state dict saved here loads in timm's VisionTransformer unchanged, and the other way round.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from selfsup.attention.dispatch import AttentionName
 from selfsup.config import Section
-from selfsup.layers.block import LAYER_NORM_EPS, Block
+from selfsup.layers.block import LAYER_NORM_EPS, ActivationName, Block
 from selfsup.layers.patch_embed import PatchEmbed, sincos_2d
+from selfsup.layers.rope import Rotation, rotation_2d
 
 
 class ViTConfig(Section):
@@ -39,8 +40,18 @@ class ViTConfig(Section):
     """Bias in the fused query, key, value projection."""
     class_token: bool = True
     """Prepend a learned class token."""
-    pos_embed: Literal["sincos", "learned"] = "sincos"
-    """Fixed 2-D sine-cosine positions (MAE's layout), or learned ones."""
+    reg_tokens: Annotated[int, Field(ge=0)] = 0
+    """Register tokens behind the class token (Darcet et al. 2024); no feature is read from them."""
+    pos_embed: Literal["sincos", "learned", "rope"] = "sincos"
+    """Fixed 2-D sine-cosine positions (MAE's layout), learned ones, or rotary ones in every block."""
+    patch_bias: bool = True
+    """Bias in the patch convolution; CLIP has none."""
+    pre_norm: bool = False
+    """A LayerNorm between the embeddings and the first block, as in CLIP."""
+    activation: ActivationName = "gelu"
+    """Of the MLP: the exact GELU, or CLIP's x * sigmoid(1.702 x)."""
+    layer_scale: Annotated[float, Field(gt=0)] | None = None
+    """Initial value of a learned factor a channel on every residual branch; none: no such factors."""
     pool: Literal["cls", "mean"] = "cls"
     """What a feature is: the class token, or the mean over patch tokens; both after the last norm."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -58,6 +69,10 @@ class ViTConfig(Section):
             raise ValueError(
                 f"num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
             )
+        if self.pos_embed == "rope" and self.embed_dim // self.num_heads % 4:
+            raise ValueError(
+                f"pos_embed: rope needs a multiple of 4 channels a head, got {self.embed_dim // self.num_heads}"
+            )
         if self.pos_embed == "sincos" and self.embed_dim % 4:
             raise ValueError(f"embed_dim: sincos positions need a multiple of 4, got {self.embed_dim}")
         if self.pool == "cls" and not self.class_token:
@@ -68,6 +83,15 @@ class ViTConfig(Section):
     def num_patches(self) -> int:
         """Patch tokens per image."""
         return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: the class token, then the registers."""
+        return int(self.class_token) + self.reg_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values; peft asks the `config` of what it adapts for this."""
+        return self.model_dump(mode="json")
 
     def build(self) -> "ViT":
         """The module, freshly initialised from torch's global generator."""
@@ -80,15 +104,30 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
-        dim, prefix = config.embed_dim, int(config.class_token)
-        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
+        dim, grid = config.embed_dim, config.img_size // config.patch_size
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim, config.patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
-        learned = config.pos_embed == "learned"
-        positions = torch.zeros(1, prefix + config.num_patches, dim)
-        self.pos_embed = nn.Parameter(positions, requires_grad=learned)
+        self.reg_token = nn.Parameter(torch.zeros(1, config.reg_tokens, dim)) if config.reg_tokens else None
+        if config.pos_embed == "rope":
+            self.pos_embed = None
+            rotation = rotation_2d(dim // config.num_heads, grid)
+            self.register_buffer("rotation", torch.stack(rotation), persistent=False)  # (2, n, c)
+        else:
+            positions = torch.zeros(1, config.num_prefix_tokens + config.num_patches, dim)
+            self.pos_embed = nn.Parameter(positions, requires_grad=config.pos_embed == "learned")
+        self.norm_pre = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if config.pre_norm else nn.Identity()
         drops = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(
-            Block(dim, config.num_heads, config.mlp_ratio, config.qkv_bias, drop, config.attention)
+            Block(
+                dim,
+                config.num_heads,
+                config.mlp_ratio,
+                config.qkv_bias,
+                drop,
+                config.attention,
+                config.activation,
+                config.layer_scale,
+            )
             for drop in drops
         )
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -100,49 +139,69 @@ class ViT(nn.Module):
         init_linear_layers(self)
         # The convolution as the linear layer it is: xavier over (embed_dim, c*p*p).
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=0.02)
         if self.config.pos_embed == "learned":
             nn.init.normal_(self.pos_embed, std=0.02)
-        else:
+        elif self.config.pos_embed == "sincos":
             grid = self.config.img_size // self.config.patch_size
             self.pos_embed[:, self.num_prefix_tokens :] = sincos_2d(self.config.embed_dim, grid)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: 1 with a class token, else 0."""
-        return 0 if self.cls_token is None else 1
+        """Tokens before the patches: the class token, then the registers."""
+        return self.config.num_prefix_tokens
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Patch tokens with their positions, no class token. Raises ValueError for another image size."""
+        """Patch tokens with their positions, no prefix tokens. Raises ValueError for another image size."""
         size = self.config.img_size
         if images.shape[-2:] != (size, size):
             raise ValueError(f"images: expected {size}x{size} pixels, got {tuple(images.shape[-2:])}")
-        return self.patch_embed(images) + self.pos_embed[:, self.num_prefix_tokens :]
+        patches = self.patch_embed(images)
+        return patches if self.pos_embed is None else patches + self.pos_embed[:, self.num_prefix_tokens :]
 
-    def encode(self, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
-        """All blocks and the last norm over any subset of embedded patches; class token first."""
-        x = self.prepend_class_token(patches)
+    def encode(
+        self, patches: Float[Tensor, "b k d"], ids: Num[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b m d"]:
+        """All blocks and the last norm over embedded patches; prefix tokens first.
+
+        ids: int64, which patches of the image these are; none: all of them, in order.
+        """
+        x, rotation = self.norm_pre(self.prepend_prefix(patches)), self.rotation_of(ids)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotation)
         return self.norm(x)
 
     def intermediates(self, patches: Float[Tensor, "b n d"]) -> list[Float[Tensor, "b m d"]]:
-        """The output of every block, before the last norm; class token first."""
-        x = self.prepend_class_token(patches)
+        """The output of every block over all patches, before the last norm; prefix tokens first."""
+        x, rotation = self.norm_pre(self.prepend_prefix(patches)), self.rotation_of(None)
         outputs = []
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotation)
             outputs.append(x)
         return outputs
 
-    def prepend_class_token(self, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
-        """The class token with its position before the patches; nothing without one."""
-        if self.cls_token is None:
+    def prepend_prefix(self, patches: Float[Tensor, "b k d"]) -> Float[Tensor, "b m d"]:
+        """The class token and the registers, with their positions, before the patches."""
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if not tokens:
             return patches
-        cls = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+        prefix = torch.cat(tokens, dim=1)
+        if self.pos_embed is not None:
+            prefix = prefix + self.pos_embed[:, : self.num_prefix_tokens]
+        return torch.cat([prefix.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+
+    def rotation_of(self, ids: Num[Tensor, "b k"] | None) -> Rotation | None:
+        """The rotation of every token of a sequence: none without rotary positions; prefix tokens stay."""
+        if self.pos_embed is not None:
+            return None
+        cos, sin = self.rotation if ids is None else self.rotation[:, ids]  # each (n, c) or (b, k, c)
+        still = cos.new_ones(*cos.shape[:-2], self.num_prefix_tokens, cos.shape[-1])
+        return Rotation(torch.cat([still, cos], dim=-2), torch.cat([still * 0, sin], dim=-2))
 
     def forward_features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b m d"]:
         """All tokens after the last norm (timm's `forward_features`)."""

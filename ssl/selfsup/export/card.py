@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from selfsup.checkpoint import Weights
+from selfsup.export.verify import Check
 from selfsup.recipe import Recipe
 
 # Entries of a checkpoint's state.json that belong to resuming, not to a reader.
@@ -16,27 +18,34 @@ POOLING = {
     "mean": "the mean over patch tokens after the last LayerNorm (norm, then pool)",
 }
 
+ENCODER = "An encoder for features: it has no classifier."
+AUTOENCODER = "Encoder and decoder: it predicts the pixels of removed patches."
 
-class Check(NamedTuple):
-    """One comparison of the reloaded model with the trained one."""
 
-    library: str
-    """Name and version."""
-    dtype: str
-    """float32 or float64."""
-    difference: float
-    """Largest absolute difference over all tokens and features."""
-    limit: float
-    """What was allowed: a tolerance times max(1, largest activation)."""
+class Usage(NamedTuple):
+    """What a card says of one target. `DIR` stands for the folder."""
 
-    @property
-    def sentence(self) -> str:
-        found = f"largest difference {self.difference:.1e} (limit {self.limit:.1e})"
-        return f"{self.library}, {self.dtype}: {found}"
+    tags: tuple[str, ...]
+    """Libraries that load it; the first is the Hub's library_name."""
+    contents: str
+    """What the weights are, a sentence."""
+    code: tuple[str, ...]
+    """Python that loads and calls it, a block each."""
+    load: str
+    """How to load it, a phrase."""
+    compared: str
+    """What was reloaded and compared, a sentence without its full stop."""
+    remarks: tuple[str, ...] = ()
+    """What a user could get wrong, a sentence each."""
 
 
 def model_card(
-    recipe: Recipe, state: dict[str, Any], checks: tuple[Check, ...], unchecked: tuple[str, ...]
+    recipe: Recipe,
+    state: dict[str, Any],
+    weights: Weights,
+    checks: tuple[Check, ...],
+    unchecked: tuple[str, ...],
+    usage: Usage,
 ) -> str:
     """README.md of an export: YAML header, what was trained on what and how, how to load, verification.
 
@@ -46,11 +55,10 @@ def model_card(
     encoder, data = recipe.encoder, recipe.data
     facts = {key: value for key, value in state.items() if key not in _NOT_FACTS}
     header = {
-        "library_name": "timm",
+        "library_name": usage.tags[0],
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["timm", "transformers", "self-supervised", recipe.objective.name, encoder.name],
+        "tags": [*usage.tags, "self-supervised", recipe.objective.name, encoder.name],
     }
-    shape = f"{encoder.in_chans} x {encoder.img_size} x {encoder.img_size}"
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),
@@ -59,25 +67,28 @@ def model_card(
         f"# {encoder.name} {encoder.embed_dim}/{encoder.depth}/{encoder.num_heads}, {recipe.objective.name}",
         "",
         f"A vision transformer (width {encoder.embed_dim}, {encoder.depth} blocks, {encoder.num_heads} "
-        f"heads, patch {encoder.patch_size}) pretrained without labels by selfsup. An encoder for "
-        "features: it has no classifier.",
+        f"heads, patch {encoder.patch_size}) pretrained without labels by selfsup. {usage.contents}",
         "",
         f"- Objective: `{recipe.objective.name}`. {(type(recipe.objective).__doc__ or '').splitlines()[0]}",
         f"- Data: `{_short(str(data.shards))}`",
         f"- Training: {state['step']} optimizer steps, {state['samples']} samples (an image counts each "
         "time it is seen)",
-        f"- Input: {shape} pixels, scaled to [0, 1], then (x - mean) / std with mean {list(data.mean)}, "
-        f"std {list(data.std)}; short side resized (bicubic), centre crop",
+        *([f"- Weights: averaged over steps, decay {recipe.optim.ema}"] if weights == "ema" else []),
+        f"- Input: {encoder.in_chans} x {encoder.img_size} x {encoder.img_size} pixels, scaled to [0, 1], "
+        f"then (x - mean) / std with mean {list(data.mean)}, std {list(data.std)}; short side resized "
+        "(bicubic), centre crop",
         f"- Feature: {encoder.embed_dim} numbers, {POOLING[encoder.pool]}",
         *(f"- {key.replace('_', ' ')}: `{json.dumps(value)}`" for key, value in facts.items()),
         "",
         "## Load",
         "",
-        *_loading(shape.replace(" x ", ", ")),
+        "`DIR` is this folder; images are float32, normalised as above.",
+        "",
+        *(line for block in usage.code for line in ("```python", block.strip(), "```", "")),
+        *(line for remark in usage.remarks for line in (remark, "")),
         "## Verified when exported",
         "",
-        "Reloaded from this folder and compared with the trained encoder on a fixed random input, on a "
-        "CPU, all tokens and the pooled feature; missing, unexpected and mismatched weights: none.",
+        f"{usage.compared}. A fixed random input, on a CPU; missing, unexpected and mismatched weights: none.",
         "",
         *(f"- {check.sentence}" for check in checks),
         *(f"- {sentence}" for sentence in unchecked),
@@ -92,27 +103,10 @@ def model_card(
     return "\n".join(lines)
 
 
-def _loading(shape: str) -> list[str]:
-    return [
-        "`DIR` is this folder; images are float32, normalised as above.",
-        "",
-        "```python",
-        "import timm, torch",
-        "",
-        'model = timm.create_model("local-dir:DIR", pretrained=True).eval()',
-        f"features = model(torch.randn(1, {shape}))",
-        "data = timm.data.resolve_model_data_config(model)",
-        "transform = timm.data.create_transform(**data)  # a PIL image to a normalised tensor",
-        "```",
-        "",
-        "```python",
-        "from transformers import AutoModel",
-        "",
-        'model = AutoModel.from_pretrained("DIR")  # needs timm installed',
-        f"features = model(torch.randn(1, {shape})).pooler_output",
-        "```",
-        "",
-    ]
+def example_input(recipe: Recipe) -> str:
+    """Python for one image of the right shape, for a card's code."""
+    size = recipe.encoder.img_size
+    return f"torch.randn(1, {recipe.encoder.in_chans}, {size}, {size})"
 
 
 def _short(shards: str) -> str:

@@ -42,6 +42,8 @@ class FrozenEncoder:
     """Architecture and what a feature is, one sentence."""
     pooled: Callable[[Tensor], Tensor]
     """Normalised images -> features, calling `module`."""
+    patches: Callable[[Tensor], Tensor]
+    """Normalised images -> patch tokens, calling `module`."""
     recipe: Recipe | None = None
     """Of our own checkpoints."""
     checkpoint: Path | None = None
@@ -53,6 +55,12 @@ class FrozenEncoder:
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """One feature per image; images normalised by `mean` and `std`, on the module's device."""
         return self.pooled(images)
+
+    @torch.inference_mode()
+    def tokens(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """One token per patch after the last norm, no class or register tokens; of a convolutional
+        network one per position of its last map. Images as for `features`."""
+        return self.patches(images)
 
     def to(self, device: torch.device) -> "FrozenEncoder":
         """Moves the module in place; returns self."""
@@ -129,6 +137,7 @@ def from_vit(encoder: ViT, recipe: Recipe, name: str) -> FrozenEncoder:
         std=recipe.data.std,
         describe=f"{config.name} {size}, {POOLING[config.pool]}",
         pooled=encoder,
+        patches=lambda images: encoder.forward_features(images)[:, encoder.num_prefix_tokens :],
         recipe=recipe,
     )
 
@@ -181,7 +190,23 @@ def _from_timm(source: str, name: str, overlay: dict[str, Any] | None) -> Frozen
         std=tuple(map(float, data["std"])),
         describe=f"timm {module.pretrained_cfg.get('architecture') or name}, {pool} of timm",
         pooled=module,
+        patches=lambda images: _timm_patches(module, images),
     )
+
+
+def _timm_patches(module: Any, images: Tensor) -> Tensor:
+    """What timm's `forward_features` gives, (b, n, d) with prefix tokens or a map, as (b, n, d)."""
+    tokens = module.forward_features(images)
+    if tokens.ndim == 3:
+        return tokens[:, getattr(module, "num_prefix_tokens", 0) :]
+    if getattr(module, "output_fmt", "NCHW") == "NHWC":
+        return tokens.flatten(1, 2)
+    return _as_tokens(tokens)
+
+
+def _as_tokens(tokens: Tensor) -> Tensor:
+    """(b, n, d) as it is; a map (b, d, h, w) as (b, h*w, d)."""
+    return tokens if tokens.ndim == 3 else tokens.flatten(2).transpose(1, 2)
 
 
 def _from_transformers(source: str, name: str) -> FrozenEncoder:
@@ -208,41 +233,45 @@ def _from_transformers(source: str, name: str) -> FrozenEncoder:
             f"{source}: transformers finds {len(wrong)} weights missing or misfit, first {wrong[0]}"
         )
     kind = module.config.model_type
-    pooled, pooling = _transformers_pooling(module, kind)
+    pooled, patches, pooling = _transformers_outputs(module, kind)
     image = _transformers_input(source, module.config, processor)
-    return FrozenEncoder(
-        source, _freeze(module), *image, describe=f"transformers {kind}, {pooling}", pooled=pooled
-    )
+    describe = f"transformers {kind}, {pooling}"
+    return FrozenEncoder(source, _freeze(module), *image, describe=describe, pooled=pooled, patches=patches)
 
 
-def _transformers_pooling(module: Any, kind: str) -> tuple[Callable[[Tensor], Tensor], str]:
-    """The feature of a transformers model and its name.
+def _transformers_outputs(
+    module: Any, kind: str
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], str]:
+    """The feature of a transformers model, its patch tokens, and the feature's name.
 
     timm's models pool themselves. Elsewhere `pooler_output` is often a layer trained for another
     task, or a random one, so tokens after the last norm are pooled here: the class token where
     there is one, else their mean. Convolutional maps (b, d, h, w) are averaged over positions.
     """
     if kind == "timm_wrapper":
-        return lambda images: module(images).pooler_output, "timm's pooling"
-    if kind == "vit_mae":
-        pooling = "class token of last_hidden_state, no mask"
-        return lambda images: _unmasked_class_token(module, images), pooling
-    if any(name.endswith("cls_token") for name, _ in module.named_parameters()):
-        return lambda images: module(images).last_hidden_state[:, 0], "class token of last_hidden_state"
+        inner, pooled = module.timm_model, lambda images: module(images).pooler_output
+        return pooled, lambda images: _timm_patches(inner, images), "timm's pooling"
 
-    def mean(images: Tensor) -> Tensor:
-        tokens = module(images).last_hidden_state
-        return tokens.mean(dim=1) if tokens.ndim == 3 else tokens.mean(dim=(2, 3))
+    def last(images: Tensor) -> Tensor:
+        if kind == "vit_mae":
+            return _unmasked(module, images)
+        return _as_tokens(module(images).last_hidden_state)
 
-    return mean, "mean of last_hidden_state over positions"
+    tokens = ("cls_token", "distillation_token", "register_tokens")  # (1, count, d); before the patches
+    extra = {name: p.shape[1] for name, p in module.named_parameters() if name.endswith(tokens)}
+    if any(name.endswith("cls_token") for name in extra):
+        prefix = sum(extra.values())
+        pooling = "class token of last_hidden_state" + (", no mask" if kind == "vit_mae" else "")
+        return lambda images: last(images)[:, 0], lambda images: last(images)[:, prefix:], pooling
+    return lambda images: last(images).mean(dim=1), last, "mean of last_hidden_state over positions"
 
 
-def _unmasked_class_token(module: Any, images: Tensor) -> Tensor:
+def _unmasked(module: Any, images: Tensor) -> Tensor:
     """transformers' ViTMAEModel hides and shuffles patches at random in eval mode too; not here."""
     module.config.mask_ratio = 0.0
     patches = module.embeddings.patch_embeddings.num_patches
     order = torch.arange(patches, dtype=torch.float32, device=images.device).expand(len(images), -1)
-    return module(images, noise=order).last_hidden_state[:, 0]
+    return module(images, noise=order).last_hidden_state
 
 
 def _transformers_input(source: str, config: Any, processor: Any) -> _Input:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class PatchEmbed(nn.Module):
     """Non-overlapping patches through one convolution, rows first (timm's `patch_embed.proj`)."""
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, bias: bool):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         return rearrange(self.proj(images), "b d h w -> b (h w) d")

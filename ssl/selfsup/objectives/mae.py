@@ -16,9 +16,11 @@ from selfsup import flops
 from selfsup.attention.dispatch import AttentionName
 from selfsup.batch import ImageBatch
 from selfsup.config import Section
+from selfsup.encoders.timm import TimmConfig
 from selfsup.encoders.vit import ViT, ViTConfig, init_linear_layers
 from selfsup.keyed import Purpose, random_bits
 from selfsup.layers.block import LAYER_NORM_EPS, Block
+from selfsup.layers.linear import Linear
 from selfsup.layers.patch_embed import sincos_2d
 from selfsup.objectives.base import Objective, Output, global_mean
 from selfsup.objectives.masking import num_visible, random_masking
@@ -39,8 +41,12 @@ class MAEConfig(Section):
     decoder_num_heads: Annotated[int, Field(ge=1)] = 16
     """Attention heads in the decoder; divides decoder_embed_dim."""
 
-    def check(self, encoder: ViTConfig) -> None:
+    def check(self, encoder: ViTConfig | TimmConfig) -> None:
         """Raises ValueError where the encoder does not fit."""
+        if not isinstance(encoder, ViTConfig):
+            raise ValueError(
+                f"encoder.name: mae removes patches before the first block, which only vit can do; got {encoder.name}"
+            )
         if self.decoder_embed_dim % self.decoder_num_heads:
             raise ValueError(
                 f"objective.decoder_num_heads: expected a divisor of decoder_embed_dim "
@@ -100,10 +106,10 @@ class MAEDecoder(nn.Module):
 
     def __init__(self, config: MAEConfig, encoder: ViTConfig):
         super().__init__()
-        dim, prefix = config.decoder_embed_dim, int(encoder.class_token)
+        dim, prefix = config.decoder_embed_dim, encoder.num_prefix_tokens
         attention: AttentionName = encoder.attention
         self.num_prefix_tokens = prefix
-        self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
+        self.decoder_embed = Linear(encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = torch.zeros(1, prefix + encoder.num_patches, dim)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -112,7 +118,7 @@ class MAEDecoder(nn.Module):
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(dim, encoder.patch_size**2 * encoder.in_chans)
+        self.decoder_pred = Linear(dim, encoder.patch_size**2 * encoder.in_chans)
         self.init_weights(encoder.img_size // encoder.patch_size)
 
     @torch.no_grad()
@@ -165,7 +171,7 @@ class MAE(Objective):
         """Predicted patches, and the mask (1 = removed)."""
         ids_keep, ids_restore, mask = random_masking(noise, self.config.mask_ratio)
         visible = take(self.encoder.embed(images), ids_keep)
-        return self.decoder(self.encoder.encode(visible), ids_restore), mask
+        return self.decoder(self.encoder.encode(visible, ids_keep), ids_restore), mask
 
     def flops_per_sample(self) -> float:
         vit, config = self.encoder.config, self.config

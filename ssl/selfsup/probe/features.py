@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from tqdm import tqdm
 
 from selfsup.batch import normalise
@@ -12,6 +12,9 @@ from selfsup.data.images import eval_batches
 from selfsup.data.index import ShardIndex
 from selfsup.export.load import FrozenEncoder, from_vit
 from selfsup.recipe import Recipe
+
+TOKEN_LIMIT = 4 * 2**30
+"""Bytes of tokens of one data set above which they are not kept in memory."""
 
 CROP = "short side resized to the input size (bicubic, antialiased), centre crop, no augmentation"
 
@@ -77,6 +80,44 @@ def encoder_features(
     if broken:
         raise ValueError(f"{encoder.name}: features of {broken} of {len(index)} images are NaN or infinite")
     return Features(values, np.asarray(index.label))
+
+
+def encoder_tokens(
+    encoder: FrozenEncoder,
+    index: ShardIndex,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: torch.device = torch.device("cpu"),
+    bf16: bool = False,
+    title: str = "tokens",
+) -> Float[torch.Tensor, "n t d"]:
+    """The encoder's patch tokens of every sample, in index order, on the CPU.
+
+    bf16: computed under autocast and kept in bfloat16, else float32. Raises ValueError for a sample
+    that cannot be read, for tokens that are not finite, and above TOKEN_LIMIT bytes.
+    """
+    encoder.to(device)
+    values = None
+    with tqdm(total=len(index), desc=title, unit="img", disable=None) as bar:
+        for images, _, rows in eval_batches(index, encoder.img_size, encoder.in_chans, batch_size, workers):
+            inputs = normalise(images.to(device, non_blocking=True), encoder.mean, encoder.std)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                tokens = encoder.tokens(inputs)
+            tokens = tokens.to("cpu", torch.bfloat16 if bf16 else torch.float32)
+            if values is None:
+                needed = len(index) * tokens[0].nbytes
+                if needed > TOKEN_LIMIT:
+                    raise ValueError(
+                        f"{index.folder}: its tokens would take {needed / 2**30:.1f} GiB, the limit is "
+                        f"{TOKEN_LIMIT / 2**30:.0f}; --bf16 halves them, --mode paper keeps none"
+                    )
+                values = torch.empty(len(index), *tokens.shape[1:], dtype=tokens.dtype)
+            values[rows] = tokens
+            bar.update(len(rows))
+    assert values is not None, "an index holds at least one sample"
+    if not all(bool(part.isfinite().all()) for part in values.split(batch_size)):
+        raise ValueError(f"{encoder.name}: tokens of images in {index.folder} are NaN or infinite")
+    return values
 
 
 def random_encoder(recipe: Recipe, seed: int) -> FrozenEncoder:

@@ -1,0 +1,47 @@
+"""The `selfsup export` command."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from selfsup.checkpoint import Weights
+from selfsup.export.facebook import export_mae
+from selfsup.export.huggingface import export_hf
+from selfsup.export.huggingface_mae import export_hf_mae
+from selfsup.export.timm import export_timm
+from selfsup.export.torchvision import export_torchvision
+
+
+def main_export(
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    /,
+    *,
+    to: Literal["timm", "hf", "hf-mae", "mae", "torchvision"] = "timm",
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    weights: Weights = "trained",
+) -> None:
+    """Write the pretrained model for another library; reloads it there and compares outputs.
+
+    Args:
+        run: run folder (its newest whole checkpoint) or a checkpoint folder.
+        to: timm: a folder that timm and transformers' AutoModel load; hf: transformers' ViTModel; hf-mae:
+            transformers' ViTMAEForPreTraining, with the decoder; mae: facebookresearch/mae's checkpoint.pth,
+            with the decoder; torchvision: its VisionTransformer.
+        out: folder to write; default RUN/export/TO-step-N, with -ema behind it for averaged weights.
+        weights: those of the last step, or their average over steps (of a run with optim.ema).
+    """
+    exports = {
+        "timm": export_timm,
+        "hf": export_hf,
+        "hf-mae": export_hf_mae,
+        "mae": export_mae,
+        "torchvision": export_torchvision,
+    }
+    report = exports[to](run, out, weights)
+    for note in report.notes:
+        print(note)
+    for check in report.checks:
+        print(check.sentence)
+    print(f"exported {report.checkpoint} to {report.folder}")
+    print(f"load it with {report.load.replace('DIR', str(report.folder))}")

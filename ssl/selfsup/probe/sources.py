@@ -1,0 +1,211 @@
+"""What a probe is given: encoders fit to be averaged, labelled data fit to be compared on."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+
+from selfsup.data.index import ShardIndex, open_shards
+from selfsup.export.load import FrozenEncoder, load_frozen
+from selfsup.probe.features import Device, choose_device
+
+Baseline = Literal["pixels", "random"]
+"""pixels: the raw image as the feature; random: the encoder as initialised, never trained."""
+
+PIXEL_LIMIT = 2**30
+"""Bytes of raw pixels above which that baseline is left out: the regression holds several copies."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a supervised probe reads, with which seeds, and where it computes and writes."""
+
+    train: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None
+    """Shards with labels to fit on; default: the run's own data.shards."""
+    test: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None
+    """Shards with labels to score on; default: the folder `test` beside the training shards."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON to write; default: a file of its own in RUN/probe, for the first run."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the probe: one fit each, from its own initial weights, order, crops and draws."""
+    device: Device = "auto"
+    """auto: CUDA where there is one."""
+    threads: int | None = None
+    """torch's threads in this process; default: as torch chooses."""
+    workers: int = 0
+    """Loader processes; 0 loads in this one."""
+    bf16: bool = False
+    """Matrix products in bfloat16 (autocast)."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds: expected one or more different seeds, got {_spaced(self.seeds)}")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"--seeds: expected 0 <= seed < 2**32, got {_spaced(self.seeds)}")
+        expect(self.threads is None or self.threads >= 1, "--threads", ">= 1", self.threads)
+        expect(self.workers >= 0, "--workers", ">= 0", self.workers)
+
+    def start(self) -> torch.device:
+        """Sets the number of threads; the device. Raises ValueError for cuda where there is none."""
+        device = choose_device(self.device)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return device
+
+
+def _spaced(seeds: tuple[int, ...]) -> str:
+    return " ".join(map(str, seeds)) or "none"
+
+
+def expect(holds: bool, option: str, expected: str, got: object) -> None:
+    """Raises ValueError `--option: expected …, got …` where a condition on an option does not hold."""
+    if not holds:
+        raise ValueError(f"{option}: expected {expected}, got {got}")
+
+
+class Labelled(NamedTuple):
+    """Data to fit on and to score on."""
+
+    train: ShardIndex
+    test: ShardIndex
+    classes: int
+    """Labels are 0 .. classes - 1."""
+
+
+def load_sources(sources: tuple[str, ...]) -> list[FrozenEncoder]:
+    """The encoders, loaded and fit to be averaged; what was passed over goes to stderr.
+
+    Raises ValueError for none, and for several that are not runs of one recipe, at one step, each
+    with a seed of its own: their mean would be of nothing.
+    """
+    if not sources:
+        raise ValueError("probe: expected a run folder or a model, got none")
+    encoders = [load_frozen(source) for source in sources]
+    for encoder in encoders:
+        for note in encoder.notes:
+            print(note, file=sys.stderr)
+    first, rest = encoders[0], encoders[1:]
+    seeds: dict[int, str] = {}
+    for encoder in encoders if rest else []:
+        if encoder.recipe is None or first.recipe is None:
+            raise ValueError(f"{encoder.name}: only runs of selfsup are averaged; probe models one at a time")
+        ours, theirs = _comparable(first), _comparable(encoder)
+        unlike = sorted(key for key in ours if ours[key] != theirs[key])
+        if unlike:
+            raise ValueError(
+                f"{encoder.name}: differs from {first.name} in {', '.join(unlike)}; only runs that differ in "
+                f"their seed are averaged: probe them one at a time"
+            )
+        seed = encoder.recipe.seed
+        if seed in seeds:
+            raise ValueError(
+                f"{encoder.name}: has the seed of {seeds[seed]}, {seed}; give runs of different seeds"
+            )
+        seeds[seed] = encoder.name
+    return encoders
+
+
+def _comparable(encoder: FrozenEncoder) -> dict[str, Any]:
+    """What runs that are averaged must share."""
+    assert encoder.recipe is not None
+    sections = encoder.recipe.model_dump(mode="json", exclude={"run", "seed"})
+    return {**sections, "step": _state(encoder)["step"]}
+
+
+def _state(encoder: FrozenEncoder) -> dict[str, Any]:
+    """state.json of the encoder's checkpoint; empty without one."""
+    return json.loads((encoder.checkpoint / "state.json").read_text()) if encoder.checkpoint else {}
+
+
+def default_shards(encoders: list[FrozenEncoder], train: str | None, test: str | None) -> tuple[str, str]:
+    """Training and test shards: as given, else those of the run. Raises ValueError saying what to give."""
+    recipe = encoders[0].recipe
+    if train is None:
+        if recipe is None:
+            raise ValueError(
+                f"{encoders[0].name}: has no data of its own; give --train SHARDS and --test SHARDS"
+            )
+        train = recipe.data.shards
+    if test is None:
+        sibling = Path(train).parent / "test"
+        if not sibling.is_dir():
+            raise ValueError(f"no folder {sibling} beside the training shards; give --test SHARDS")
+        test = str(sibling)
+    return train, test
+
+
+def open_labelled(train: str, test: str) -> Labelled:
+    """Opens both folders of shards.
+
+    Raises ValueError where labels are missing, the two sets do not belong together, or the training
+    set has fewer than two classes.
+    """
+    indices = open_shards(train), open_shards(test)
+    _check_labels(*indices)
+    labels = np.unique(indices[0].label)
+    if len(labels) < 2:
+        raise ValueError(f"--train {train}: expected two classes or more, got {len(labels)}")
+    return Labelled(*indices, int(max(index.label.max() for index in indices)) + 1)
+
+
+def pixels_too_large(encoder: FrozenEncoder, train: ShardIndex, test: ShardIndex) -> str | None:
+    """Why the raw pixels of both sets, at the encoder's input size, are left out; None if they are not."""
+    needed = (len(train) + len(test)) * encoder.in_chans * encoder.img_size**2 * 4
+    if needed <= PIXEL_LIMIT:
+        return None
+    return f"left out, would take {needed / 2**30:.1f} GiB (limit {PIXEL_LIMIT / 2**30:.0f})"
+
+
+def _check_labels(train: ShardIndex, test: ShardIndex) -> None:
+    """Raises ValueError where labels are missing or the two sets do not belong together."""
+    for option, index in (("--train", train), ("--test", test)):
+        missing = np.flatnonzero(index.label < 0)
+        if len(missing):
+            raise ValueError(
+                f"{option} {index.folder}: {len(missing)} of {len(index)} samples have no label, first "
+                f"{index.key(int(missing[0]))}; a probe needs them all: pack images in one folder per class"
+            )
+    if train.fingerprint == test.fingerprint:
+        raise ValueError(f"--test {test.folder}: holds the same samples as --train; give other shards")
+    if train.classes and test.classes and train.classes != test.classes:
+        unlike = sorted(set(train.classes) ^ set(test.classes)) or list(test.classes)
+        raise ValueError(
+            f"--test {test.folder}: its classes are not those of --train, so that labels would be mixed up: "
+            f"{len(unlike)} differ, first {unlike[0]}; pack both with the same class folders"
+        )
+
+
+def describe_source(encoder: FrozenEncoder) -> dict[str, Any]:
+    """Name, checkpoint, feature, seed, step and recipe of an encoder, JSON values."""
+    state = _state(encoder)
+    return {
+        "name": encoder.name,
+        "checkpoint": str(encoder.checkpoint) if encoder.checkpoint else None,
+        "feature": encoder.describe,
+        "seed": encoder.recipe.seed if encoder.recipe else None,
+        "step": state.get("step"),
+        "samples": state.get("samples"),
+        "recipe": encoder.recipe.model_dump(mode="json", exclude={"run"}) if encoder.recipe else None,
+    }
+
+
+def describe_data(shards: str, index: ShardIndex) -> dict[str, Any]:
+    """Where the samples are, their fingerprint and counts, JSON values."""
+    return {
+        "shards": shards,
+        "fingerprint": index.fingerprint,
+        "samples": len(index),
+        "classes": len(index.classes) or len(np.unique(index.label)),
+    }
+
+
+def run_folder(encoder: FrozenEncoder) -> Path | None:
+    """The run folder that holds the encoder's checkpoint; None for one that lies elsewhere."""
+    if encoder.checkpoint is None or encoder.checkpoint.absolute().parent.name != "checkpoints":
+        return None
+    return encoder.checkpoint.absolute().parent.parent
