@@ -270,6 +270,7 @@ def test_labels_with_meaning_are_learned_and_others_give_chance(make_run, tmp_pa
         ({"layer_decay": 1.5}, "--layer-decay: expected 0 < x <= 1, got 1.5"),
         ({"drop_path": 1.0}, "--drop-path"),
         ({"erase": 2.0}, "--erase: expected 0 to 1"),
+        ({"crop_scale": (0.5, 0.2)}, "--crop-scale: expected 0 < least <= largest <= 1, got 0.5 0.2"),
     ],
 )
 def test_settings_out_of_range(changes, message):

@@ -116,7 +116,8 @@ def test_several_runs_give_one_value_each_and_baselines_are_theirs(make_run, mon
     score = result["scores"]["pretrained"]["linear"]
     for value, details in zip(score["values"], score["details"], strict=True):
         assert value == statistics.fmean(each["accuracy"] for each in details["seeds"])
-    assert len(result["scores"]["pixels"]["linear"]["values"]) == 2  # one image a pixel: values by seed
+    assert len(result["scores"]["random"]["linear"]["values"]) == 2
+    assert result["scores"]["pixels"]["linear"]["std"] is None  # they belong to no run
     assert result["spread"].startswith("runs")
 
 

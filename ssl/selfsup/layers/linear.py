@@ -53,7 +53,8 @@ class _Bfloat16Linear(torch.autograd.Function):
                 grad_weight = (flat_x.t().contiguous() @ flat_grad).t()  # (o, i)
             else:
                 grad_weight = flat_grad.t().contiguous() @ flat_x
-            grad_weight = grad_weight.to(ctx.dtypes[1])
+            # Transposed and widened in one pass; left to autograd it would take two.
+            grad_weight = grad_weight.to(ctx.dtypes[1], memory_format=torch.contiguous_format)
         if ctx.needs_input_grad[2]:
             ones = flat_grad.new_ones(1, len(flat_grad))
             grad_bias = (ones @ flat_grad)[0].to(ctx.dtypes[2])

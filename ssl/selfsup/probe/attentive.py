@@ -38,7 +38,7 @@ from selfsup.probe.fit import (
     steps_of,
 )
 from selfsup.probe.report import Mode, publish
-from selfsup.probe.sources import Labelled, Setup, expect, load_sources
+from selfsup.probe.sources import Labelled, Setup, expect, expect_crop_scale, load_sources
 from selfsup.probe.supervised import Trial, supervised
 from selfsup.schedule import warmup_cosine
 
@@ -81,6 +81,7 @@ class AttentiveRecipe:
         expect(self.weight_decay >= 0, "--weight-decay", ">= 0", self.weight_decay)
         expect(self.mlp_ratio > 0, "--mlp-ratio", "> 0", self.mlp_ratio)
         expect(self.num_heads is None or self.num_heads >= 1, "--num-heads", ">= 1", self.num_heads)
+        expect_crop_scale(self.crop_scale)
 
 
 def main_attentive(

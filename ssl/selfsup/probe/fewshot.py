@@ -23,6 +23,8 @@ from selfsup.probe.sources import Labelled, Setup, expect, load_sources
 from selfsup.probe.supervised import Trial, supervised
 
 MAX_ITERATIONS = 1000
+FIVE_DRAWS = Setup(seeds=(0, 1, 2, 3, 4))
+"""A single draw of a few images says little."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,11 @@ def main_fewshot(
     runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")],
     /,
     *,
-    setup: Annotated[Setup, tyro.conf.arg(name="")],
+    setup: Annotated[Setup, tyro.conf.arg(name="")] = FIVE_DRAWS,
     recipe: Annotated[FewshotRecipe, tyro.conf.arg(name="")],
     baselines: tuple[Literal["pixels", "random"], ...] = (),
 ) -> None:
-    """Score frozen features with a few labelled images a class; give several --seeds, a draw each.
+    """Score frozen features with a few labelled images a class, drawn anew for each of --seeds.
 
     Args:
         runs: run or checkpoint folders of one recipe, or one model: a folder, timm:NAME, hf:NAME.

@@ -30,7 +30,7 @@ from selfsup.probe.fit import (
     train_views,
 )
 from selfsup.probe.report import publish
-from selfsup.probe.sources import Labelled, Setup, expect, load_sources
+from selfsup.probe.sources import Labelled, Setup, expect, expect_crop_scale, load_sources
 from selfsup.probe.supervised import Trial, supervised
 from selfsup.schedule import warmup_cosine
 
@@ -89,6 +89,7 @@ class FinetuneRecipe:
         expect(self.cutmix >= 0, "--cutmix", ">= 0", self.cutmix)
         expect(0 <= self.smoothing < 1, "--smoothing", "0 <= x < 1", self.smoothing)
         expect(0 <= self.erase <= 1, "--erase", "0 to 1", self.erase)
+        expect_crop_scale(self.crop_scale)
 
     @property
     def peak_lr(self) -> float:

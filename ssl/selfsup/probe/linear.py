@@ -10,10 +10,10 @@ import torch
 import tyro
 from rich.console import Console
 from timm.optim import Lars
-from torch import nn
+from torch import Tensor, nn
 
 from selfsup.export.load import FrozenEncoder
-from selfsup.probe.features import encoder_features
+from selfsup.probe.features import Features, encoder_features
 from selfsup.probe.fit import (
     FORWARD,
     Batch,
@@ -27,7 +27,7 @@ from selfsup.probe.fit import (
     steps_of,
 )
 from selfsup.probe.report import Mode, publish
-from selfsup.probe.sources import Labelled, Setup, expect, load_sources
+from selfsup.probe.sources import Labelled, Setup, expect, expect_crop_scale, load_sources
 from selfsup.probe.supervised import Trial, supervised
 from selfsup.schedule import warmup_cosine
 
@@ -63,6 +63,7 @@ class LinearRecipe:
         expect(0 <= self.warmup_fraction <= 1, "--warmup-fraction", "0 to 1", self.warmup_fraction)
         expect(0 <= self.momentum < 1, "--momentum", "0 <= x < 1", self.momentum)
         expect(self.trust_coefficient > 0, "--trust-coefficient", "> 0", self.trust_coefficient)
+        expect_crop_scale(self.crop_scale)
 
     @property
     def peak_lr(self) -> float:
@@ -130,11 +131,11 @@ def probe_linear(
     size, batch_size = len(data.train), recipe.batch_size
     expect(batch_size <= size, "--batch-size", f"at most the {size} training images", batch_size)
     how = (FORWARD, setup.workers, device, setup.bf16)
-    test = [torch.tensor(part) for part in encoder_features(encoder, data.test, *how, "test features")]
+    test = _tensors(encoder_features(encoder, data.test, *how, "test features"))
     cache = None
     if recipe.mode == "fast":
-        train = encoder_features(encoder, data.train, *how, "training features")
-        cache = [torch.tensor(part, device=device) for part in train]
+        train = _tensors(encoder_features(encoder, data.train, *how, "training features"))
+        cache = [part.to(device) for part in train]
     trials = []
     for seed in setup.seeds:
         if cache is not None:
@@ -149,6 +150,11 @@ def probe_linear(
             right = accuracy(head, in_order(*test, device), bf16=False)
         trials.append(Trial({"linear": right}, {"loss": loss}))
     return trials
+
+
+def _tensors(features: Features) -> tuple[Tensor, Tensor]:
+    """Values, not copied, and labels, copied: the index's own may be read-only."""
+    return torch.from_numpy(features.values), torch.tensor(features.labels)
 
 
 def fit_linear(

@@ -76,6 +76,7 @@ class ProbeResult:
     data: dict[str, Any]
     """Shards, fingerprints and counts of train and test."""
     versions: dict[str, str]
+    """Of libraries; device and threads of a supervised probe."""
     seconds: float
     """Wall time."""
 

@@ -68,6 +68,12 @@ def expect(holds: bool, option: str, expected: str, got: object) -> None:
         raise ValueError(f"{option}: expected {expected}, got {got}")
 
 
+def expect_crop_scale(scale: tuple[float, float]) -> None:
+    """Raises ValueError where the areas of random crops are out of range."""
+    low, high = scale
+    expect(0 < low <= high <= 1, "--crop-scale", "0 < least <= largest <= 1", f"{low:g} {high:g}")
+
+
 class Labelled(NamedTuple):
     """Data to fit on and to score on."""
 

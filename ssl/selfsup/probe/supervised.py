@@ -78,7 +78,7 @@ def supervised(
     return ProbeResult(
         probe=probe,
         mode=mode,
-        scores={row: _scores(found, setup.seeds) for row, found in trials.items()},
+        scores={row: _scores(found, setup.seeds, len(encoders) > 1) for row, found in trials.items()},
         spread=(
             "runs, each the mean over the seeds of the probe" if len(encoders) > 1 else "seeds of the probe"
         ),
@@ -93,7 +93,11 @@ def supervised(
             "computed_in": "bfloat16" if setup.bf16 else "float32",
         },
         data={"train": describe_data(train, data.train), "test": describe_data(test, data.test)},
-        versions={library: version(library) for library in LIBRARIES},
+        versions={
+            **{library: version(library) for library in LIBRARIES},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": str(torch.get_num_threads()),
+        },
         seconds=time.monotonic() - start,
     )
 
@@ -113,8 +117,8 @@ def pixel_encoder(like: FrozenEncoder) -> FrozenEncoder:
     )
 
 
-def _scores(found: list[list[Trial]], seeds: tuple[int, ...]) -> dict[str, Score]:
-    """found: trials by seed, for each encoder."""
+def _scores(found: list[list[Trial]], seeds: tuple[int, ...], by_run: bool) -> dict[str, Score]:
+    """found: trials by seed, for each encoder. by_run: a value for each encoder, else for each seed."""
     scores = {}
     for name in found[0][0].accuracies:
         values = [[trial.accuracies[name] for trial in trials] for trials in found]
@@ -125,9 +129,9 @@ def _scores(found: list[list[Trial]], seeds: tuple[int, ...]) -> dict[str, Score
             ]
             for row, trials in zip(values, found)
         ]
-        if len(found) == 1:
-            scores[name] = Score(tuple(values[0]), tuple(details[0]))
-        else:
+        if by_run:
             means = tuple(statistics.fmean(row) for row in values)
             scores[name] = Score(means, tuple({"seeds": each} for each in details))
+        else:
+            scores[name] = Score(tuple(values[0]), tuple(details[0]))
     return scores
