@@ -41,6 +41,7 @@ from selfsup.data.index import open_shards
 from selfsup.data.order import BatchPlan
 from selfsup.durable import write_atomically
 from selfsup.encoders.vit import ViTConfig
+from selfsup.memory import keep_freed_memory
 from selfsup.objectives.mae import MAEConfig
 from selfsup.run_folder import git_revision
 
@@ -86,6 +87,8 @@ class Options:
     """Where to run."""
     compile: bool = False
     """torch.compile every contestant."""
+    allocator: Literal["as-it-comes", "kept"] = "as-it-comes"
+    """kept: the process keeps the memory it frees, as in selfsup train on a CPU; for all contestants."""
     shards: str | None = None
     """A folder of shards: compare our step on ready tensors with our step fed from it."""
     profile: bool = False
@@ -123,13 +126,15 @@ def main(options: Options) -> int:
     mae, vit, batch_size = options.configs()
     options.check()
     torch.set_num_threads(options.threads)
+    if options.allocator == "kept" and not keep_freed_memory():
+        raise ValueError("--allocator kept: this C library has no such switch; leave it out")
     device = torch.device(options.device)
     flops_per_image = mae.build(vit).flops_per_sample()
     print(
         f"ViT {vit.embed_dim}/{vit.depth}/{vit.num_heads}, {vit.img_size} px, patch {vit.patch_size}, decoder "
         f"{mae.decoder_embed_dim}/{mae.decoder_depth}/{mae.decoder_num_heads}, batch {batch_size}, "
         f"{flops_per_image / 1e9:.3g} GFLOP an image; {options.precision}, {options.device}, "
-        f"{options.threads} threads, {'compiled' if options.compile else 'eager'}, "
+        f"{options.threads} threads, {'compiled' if options.compile else 'eager'}, allocator {options.allocator}, "
         f"{options.rounds} rounds, torch {torch.__version__}",
         flush=True,
     )

@@ -5,7 +5,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfsup.attention.dispatch import AttentionName, attention_function
-from selfsup.layers.linear import Linear
 from selfsup.layers.rope import Rotation, rotate
 
 
@@ -16,16 +15,14 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention: AttentionName = attention
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
 
     def heads(
         self, x: Float[Tensor, "b n d"], rotation: Rotation | None = None
     ) -> tuple[Float[Tensor, "b h n c"], Float[Tensor, "b h n c"], Float[Tensor, "b h n c"]]:
         """Queries, keys and values; the first two turned by `rotation` (rotary positions)."""
-        qkv = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.num_heads)
-        # On a CPU each matrix product would copy its strided factors: once, together, is cheaper.
-        q, k, v = qkv.contiguous() if x.device.type == "cpu" else qkv
+        q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.num_heads)
         return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
 
     def forward(self, x: Float[Tensor, "b n d"], rotation: Rotation | None = None) -> Float[Tensor, "b n d"]:

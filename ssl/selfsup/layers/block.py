@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from selfsup.attention.dispatch import AttentionName
 from selfsup.layers.attention import Attention
-from selfsup.layers.linear import Linear
 from selfsup.layers.rope import Rotation
 
 LAYER_NORM_EPS = 1e-6  # timm's and MAE's; Hugging Face's ViT must be told so
@@ -29,9 +28,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, activation: ActivationName):
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU() if activation == "gelu" else QuickGELU()
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.fc2(self.act(self.fc1(x)))

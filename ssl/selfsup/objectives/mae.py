@@ -20,7 +20,6 @@ from selfsup.encoders.timm import TimmConfig
 from selfsup.encoders.vit import ViT, ViTConfig, init_linear_layers
 from selfsup.keyed import Purpose, random_bits
 from selfsup.layers.block import LAYER_NORM_EPS, Block
-from selfsup.layers.linear import Linear
 from selfsup.layers.patch_embed import sincos_2d
 from selfsup.objectives.base import Objective, Output, global_mean
 from selfsup.objectives.masking import num_visible, random_masking
@@ -109,7 +108,7 @@ class MAEDecoder(nn.Module):
         dim, prefix = config.decoder_embed_dim, encoder.num_prefix_tokens
         attention: AttentionName = encoder.attention
         self.num_prefix_tokens = prefix
-        self.decoder_embed = Linear(encoder.embed_dim, dim)
+        self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = torch.zeros(1, prefix + encoder.num_patches, dim)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -118,7 +117,7 @@ class MAEDecoder(nn.Module):
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.decoder_pred = Linear(dim, encoder.patch_size**2 * encoder.in_chans)
+        self.decoder_pred = nn.Linear(dim, encoder.patch_size**2 * encoder.in_chans)
         self.init_weights(encoder.img_size // encoder.patch_size)
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import tyro
 
 from selfsup.data.index import ShardIndex, open_shards
 from selfsup.export.load import FrozenEncoder, load_frozen
+from selfsup.memory import keep_freed_memory
 from selfsup.probe.features import Device, choose_device
 
 Baseline = Literal["pixels", "random"]
@@ -53,6 +54,8 @@ class Setup:
     def start(self) -> torch.device:
         """Sets the number of threads; the device. Raises ValueError for cuda where there is none."""
         device = choose_device(self.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return device
