@@ -1,5 +1,7 @@
 """Bugs that distributed training codes really had, each planted by name; every one must be caught."""
 
+import os
+
 import torch
 
 from selfsup import checkpoint, dist, start, train
@@ -88,6 +90,11 @@ def reordered_buckets() -> None:
     """DDP as it comes: after the first backward pass it sums in another order."""
     original = start.DistributedDataParallelKwargs
     start.DistributedDataParallelKwargs = lambda find_unused_parameters: original()
+
+
+def killed_opening_the_monitor() -> None:
+    """The process dies while the online monitor decodes its images."""
+    train.open_monitor = lambda *arguments: os._exit(9)
 
 
 def average_per_micro_batch() -> None:

@@ -115,6 +115,11 @@ def test_nothing_is_unpickled():
         assert unpickles(Path("x.py"), bug), bug
 
 
+def test_one_pickle_is_written():
+    """The file that facebookresearch's scripts read; everything else is safetensors and JSON."""
+    assert [p.name for p in MODULES if "torch.save" in p.read_text()] == ["facebook.py"]
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )

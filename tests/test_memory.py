@@ -12,7 +12,8 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():
     return [torch.empty(40_000_000, dtype=torch.uint8).fill_(1) for _ in range(4)]
-step(), step()
+for _ in range(6):  # until the heap has found its size
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     step()

@@ -25,13 +25,16 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_written(cls, content: Any) -> Any:
-        """`none` for no value where a field allows that, and a lone value for a list of any length."""
+        """`none` for no value where a field allows that, a lone value for a list of any length, and true, as
+        which an option without its value reads, for no number."""
         if not isinstance(content, dict):
             return content
         read = dict(content)
         for key, value in content.items():
             annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
             parts = typing.get_args(annotation)
+            if isinstance(value, bool) and _takes_numbers(annotation):
+                value = read[key] = str(value).lower()  # pydantic would take true for 1
             if isinstance(value, str) and value.lower() == "none" and type(None) in parts:
                 read[key] = None
             if (
@@ -164,6 +167,9 @@ def _explain(section: type[Section], content: dict[str, Any], fault: Any) -> str
     key = ".".join(str(part) for part in location)
     kind, context = fault["type"], fault.get("ctx", {})
     if kind == "extra_forbidden":
+        owner = _owner(section, location)
+        if owner:
+            return f"{key}: unknown key; it belongs to {location[0]}.name {owner}"
         near = _nearest(section, content, key)
         return f"{key}: unknown key" + (f"; perhaps you meant {near}" if near else "")
     if kind == "missing":
@@ -195,6 +201,11 @@ def _range(section: type[Section], content: dict[str, Any], location: list[Any])
     low = f"{bounds['gt']} < " if "gt" in bounds else f"{bounds['ge']} <= " if "ge" in bounds else ""
     high = f" < {bounds['lt']}" if "lt" in bounds else f" <= {bounds['le']}" if "le" in bounds else ""
     return f"{low}x{high}"
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    """Whether an annotation is, or holds, int or float."""
+    return annotation in (int, float) or any(map(_takes_numbers, typing.get_args(annotation)))
 
 
 def _constraints(annotation: Any) -> list[Any]:
@@ -233,6 +244,13 @@ def _members(annotation: Any) -> list[type[Section]]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
         return [m for part in typing.get_args(annotation) for m in _members(part)]
     return []
+
+
+def _owner(section: type[Section], location: list[Any]) -> str | None:
+    """The name of the member of a union that has a key which the chosen member refused."""
+    field = section.model_fields.get(location[0])
+    members = _members(field.annotation) if field and len(location) == 2 else []
+    return next((_name(m) for m in members if location[1] in m.model_fields), None)
 
 
 def _nearest(section: type[Section], content: dict[str, Any], key: str) -> str | None:

@@ -15,11 +15,17 @@ def fsync_path(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a crash at any moment leaves the old one or the new one."""
+    """Writes a file so that a crash at any moment leaves the old one or the new one.
+
+    Raises OSError where it cannot be written (a full disk); the old one is there then, and nothing beside it.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(content)
-    fsync_path(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only after a failure
     fsync_path(path.parent)
 
 

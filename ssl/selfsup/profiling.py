@@ -23,8 +23,8 @@ class StepProfiler:
     """Profiles the steps of a range on rank 0 and writes what it found below `folder`.
 
     Step n is the one that takes the run from n steps done to n + 1. Written are `trace-FIRST-LAST.json.gz`
-    (Chrome's trace format, for ui.perfetto.dev; every step is a `ProfilerStep#n`) and `top.txt`, the
-    operators by the time they took themselves. A range that began before this process is profiled from
+    (Chrome's trace format, for ui.perfetto.dev; every step is a `ProfilerStep#n`) and `top-FIRST-LAST.txt`,
+    the operators by the time they took themselves. A range that began before this process is profiled from
     where the process is; one that an interruption cuts is written as far as it came.
     """
 
@@ -61,8 +61,9 @@ class StepProfiler:
         os.replace(temporary, trace)
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = self._profile.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60)
-        write_atomically(self._folder / "top.txt", table.encode())
-        print(f"profiled steps {self._began}:{step}: {trace} and top.txt beside it", flush=True)
+        top = self._folder / f"top-{self._began}-{step}.txt"
+        write_atomically(top, table.encode())
+        print(f"profiled steps {self._began}:{step}: {trace} and {top.name} beside it", flush=True)
 
 
 def _start(step: int) -> profile:

@@ -34,8 +34,8 @@ def warmup_stable_decay(
     Hu et al. 2024, MiniCPM, sec. 4.2).
 
     The decay is 1 - sqrt(progress), which Hägele et al. 2024 ("Scaling Laws and Compute-Optimal
-    Training Beyond Fixed Training Durations", sec. 3) found better than a straight line. Up to its
-    decay a run does not depend on how long it will be.
+    Training Beyond Fixed Training Durations", sec. 3) found better than a straight line. With
+    the same warm-up, in steps, runs of different lengths are the same up to the decay of the shorter.
     """
     warmup = round(steps * warmup_fraction)
     if step < warmup:

@@ -3,7 +3,7 @@
 selfsup train CONFIG [--section.key value ...]      a new run
 selfsup train --resume DIR                          an interrupted run goes on (only --run.* and
                                                     --data.shards may change)
-selfsup train CONFIG --init-from DIR                a new run from the weights of another
+selfsup train CONFIG --init-from DIR                a new run from the trained weights of another
 selfsup train CONFIG --dry-run                      print what would run, take one batch through
 
 Every key of a recipe can be set in the YAML, or after it on the command line.
@@ -53,6 +53,9 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     batches = start.open_batches(recipe, index, plan, state)
     lock = dist.on_first_rank(run_folder.claim, run_dir, resume is not None)
     dist.on_first_rank(checkpoint.set_aside_later, run_dir, state.step)
+    if weights is not None:
+        # Before `describe`: a folder that is described but has no checkpoint is resumed from the seed.
+        dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
     dist.on_first_rank(run_folder.describe, run_dir, recipe, plan.world, accelerator.device)
     log = dist.on_first_rank(MetricsLog, run_dir, state.step, optim.steps)
     start.summarise(recipe, plan, index, state, accelerator.device)
@@ -66,10 +69,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         objective.compile()
     model, stepper = accelerator.prepare(objective, optimizer)
     clock, peak = StepClock(), flops.peak(accelerator.device, recipe.precision.mixed)
-    saved, outcome = None if resume is None else state.step, "finished"
-    if weights is not None:  # so that the run can be resumed from them whenever it is killed
-        dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
-        saved = state.step
+    saved = None if resume is None and weights is None else state.step
+    outcome = "finished"
 
     for step in range(state.step, optim.steps):
         if profiler is not None:

@@ -309,6 +309,21 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
+def test_a_write_that_fails_leaves_nothing_beside_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    whole = Path.write_bytes
+
+    def full(self, content):
+        whole(self, content[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"newer")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
 def test_many_shards_do_not_exhaust_file_descriptors(tmp_path, monkeypatch):
     monkeypatch.setattr("selfsup.data.reader._MOST_OPEN_FILES", 2)
     index = build_index(write_shards(tmp_path, [2] * 6), 1)

@@ -121,6 +121,14 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
     assert torch.equal(drop.eval()(x), x)
 
 
+def test_drop_path_drops_as_often_in_bfloat16():
+    """A small rate, as in the first blocks of a deep encoder; numbers of 8 bits would make it 2/256."""
+    torch.manual_seed(0)
+    n, rate = 400_000, 0.009
+    dropped = (DropPath(rate).train()(torch.ones(n, 1, 1, dtype=torch.bfloat16)) == 0).sum().item()
+    assert abs(dropped - n * rate) < 5 * (n * rate) ** 0.5 < n * (rate - 2 / 256)
+
+
 def test_wrong_image_size():
     with pytest.raises(ValueError, match="expected 32x32 pixels, got"):
         validate(ViTConfig, SMALL).build()(torch.zeros(1, 3, 40, 32))

@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional
 
 from selfsup.checkpoint import load_encoder
-from selfsup.encoders.vit import ViTConfig
 from selfsup.export.timm import export_timm
 from selfsup.layers.attention import Attention
 
@@ -65,15 +64,7 @@ def test_merged_layers_keep_the_outputs(make_run, load):
     assert same(model(IMAGES), expected)
 
 
-# peft asks a module's config for to_dict, or takes it for a dictionary.
-needs_to_dict = pytest.mark.xfail(
-    not hasattr(ViTConfig, "to_dict"),
-    reason="peft's merge_and_unload asks ViTConfig for to_dict",
-    strict=True,
-)
-
-
-@pytest.mark.parametrize("load", [pytest.param(ours, marks=needs_to_dict), in_timm])
+@pytest.mark.parametrize("load", [ours, in_timm])
 def test_merged_and_unloaded(make_run, load):
     run = make_run()
     model = adapted(load(run))

@@ -18,6 +18,7 @@ from selfsup.checkpoint import find_checkpoint, load_encoder
 from selfsup.export import timm as export
 from selfsup.export.names import float_weights
 from selfsup.export.timm import export_timm, verify
+from selfsup.export.verify import check_outputs
 
 VARIANTS = {
     "cls": {},
@@ -37,9 +38,11 @@ def test_loads_in_timm_and_transformers(make_run, changes):
     report = export_timm(run)
     assert report.folder == run / "export" / "timm-step-7"
     assert {p.name for p in report.folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    assert [(c.library.split()[0], c.dtype) for c in report.checks] == [
+    *outputs, transform = report.checks
+    assert [(c.library.split()[0], c.dtype) for c in outputs] == [
         (library, dtype) for dtype in ("float32", "float64") for library in ("timm", "transformers")
     ]
+    assert transform.library == f"timm {timm.__version__} transform"
     encoder.requires_grad_(False)
     images = torch.randn(3, recipe.encoder.in_chans, 16, 16)
     ours = encoder(images)
@@ -122,17 +125,43 @@ def test_fault_in_the_config_is_caught(make_run, monkeypatch, pool, fault):
     assert list((run / "export").iterdir()) == []
 
 
+@pytest.mark.parametrize("fault", [{"mean": [0.5, 0.5, 0.5]}, {"std": [1, 1, 1]}, {"crop_pct": 0.875}])
+def test_fault_in_the_normalisation_is_caught(make_run, monkeypatch, fault):
+    """The features of normalised images are right then, and those of a user's images wrong."""
+    config_of = export.timm_config
+
+    def faulty(encoder, mean, std):
+        config = config_of(encoder, mean, std)
+        return {**config, "pretrained_cfg": {**config["pretrained_cfg"], **fault}}
+
+    run = make_run()
+    monkeypatch.setattr(export, "timm_config", faulty)
+    with pytest.raises(ValueError, match="timm .* transform.* NOT exported"):
+        export_timm(run)
+    assert list((run / "export").iterdir()) == []
+
+
 def test_verify_sees_nan_and_missing_weights(make_run):
     folder = export_timm(make_run()).folder
-    encoder, *_ = load_encoder(folder.parents[1])
+    encoder, recipe, *_ = load_encoder(folder.parents[1])
     with torch.no_grad():
         encoder.norm.bias[0] = float("nan")
     with pytest.raises(ValueError, match="NOT exported"):
-        verify(folder, encoder)
+        verify(folder, encoder, recipe)
     weights = {k: v for k, v in float_weights(encoder).items() if k != "blocks.0.norm1.bias"}
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(ValueError, match="norm1.bias"):
-        verify(folder, encoder)
+        verify(folder, encoder, recipe)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_nan_in_any_output_is_seen(tmp_path, place):
+    ours = (torch.ones(2), torch.ones(3))
+    theirs = tuple(output.clone() for output in ours)
+    check_outputs(tmp_path, "library", ours, theirs, 1e-5)
+    theirs[place][-1] = float("nan")
+    with pytest.raises(ValueError, match="largest difference nan"):
+        check_outputs(tmp_path, "library", ours, theirs, 1e-5)
 
 
 def test_verify_restores_the_precision_it_needs(make_run):

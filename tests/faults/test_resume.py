@@ -121,6 +121,19 @@ def test_killed_before_the_first_checkpoint(bench, weights):
 
 
 @pytest.mark.slow
+def test_killed_before_the_first_step_a_run_keeps_the_weights_it_was_given(bench):
+    """Here while the monitor decodes its images, which takes seconds on photographs."""
+    extra = ["--init-from", bench.reference(1), "--run.monitor-every", 10]
+    whole, run = bench.folder / "given-whole", bench.folder / "given-killed"
+    bench.server.run([*bench.arguments(whole.name, 0), *extra], bench.folder / "log")
+    arguments = [*bench.arguments(run.name, 0), *extra]
+    pids = bench.server.start(arguments, bench.folder / "log", mutant="killed_opening_the_monitor")
+    assert bench.server.wait(pids) == [9] and not (run / "metrics.jsonl").read_text()
+    bench.resume(run.name, 1)
+    assert losses(run) == losses(whole) and final_state(run) == final_state(whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("ranks,workers", [(1, 2), (2, 1)])
 def test_a_signal_saves_at_the_end_of_the_step(bench, number, ranks, workers):

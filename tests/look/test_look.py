@@ -210,6 +210,19 @@ def test_again_elsewhere_and_over_something_else(make_run, tmp_path, capsys):
     assert len(list((run / "checkpoints").iterdir())) == 1
 
 
+def test_averaged_weights_have_a_folder_of_their_own(make_run, capsys):
+    run = make_run({"optim": {"ema": 0.9}})
+    for weights in ("trained", "ema"):
+        main_look(run, samples=1, views=1, neighbours=1, points=4, weights=weights)
+    folders = [run / "look" / name for name in ("step-00000007", "step-00000007-ema")]
+    found = [json.loads((folder / "look.json").read_text()) for folder in folders]
+    assert [about["weights"] for about in found] == ["trained", "ema"]
+    similar = [about["images"][0]["by_embedding"][0]["similarity"] for about in found]
+    assert similar[0] != similar[1] and len(list((run / "look").iterdir())) == 2
+    loaded = load_run(run, "ema").objective.encoder.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in load_encoder(run, "ema")[0].state_dict().items())
+
+
 def test_more_than_eight_have_all_their_reconstructions(make_run, tmp_path):
     sys.argv = ["selfsup", "look", str(make_run()), "--samples", "19", "--out", str(tmp_path / "out")]
     assert cli.main() == 0

@@ -215,11 +215,12 @@ def test_command(shards, tmp_path, monkeypatch, capsys):
 
 def test_faults_are_one_line_and_leave_the_old_page(shards, tmp_path, monkeypatch, capsys):
     out = tmp_path / "page.html"
-    out.write_text("old")
+    assert run(monkeypatch, "data", "show", shards, "--out", out, "--samples", 1) == 0
+    old = out.read_text()
 
     def fault(*arguments: str | Path) -> str:
         assert run(monkeypatch, "data", "show", shards, *arguments) == 2
-        assert out.read_text() == "old" and {p.name for p in tmp_path.iterdir()} <= {"page.html", "c.yaml"}
+        assert out.read_text() == old and {p.name for p in tmp_path.iterdir()} <= {"page.html", "c.yaml"}
         return capsys.readouterr().err
 
     assert "expected a file ending in .html, got .png" in fault("--out", tmp_path / "page.png")
@@ -234,7 +235,20 @@ def test_faults_are_one_line_and_leave_the_old_page(shards, tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", full)
     assert run(monkeypatch, "data", "show", shards, "--out", out) == 2
-    assert "No space left on device" in capsys.readouterr().err and out.read_text() == "old"
+    assert "No space left on device" in capsys.readouterr().err and out.read_text() == old
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_file_of_someone_else_is_not_replaced(shards, tmp_path):
+    out = tmp_path / "page.html"
+    out.write_text("<!doctype html><p>mine")
+    with pytest.raises(ValueError, match="exists and is not an earlier page"):
+        main_show(str(shards), out=out, samples=1)
+    assert out.read_text() == "<!doctype html><p>mine"
+    out.unlink()
+    for samples in (1, 2):  # an earlier page is replaced
+        main_show(str(shards), out=out, samples=samples)
+        assert f"<p>{samples} at random" in out.read_text()
 
 
 def test_large_images_are_shown_small_and_small_ones_as_they_are():

@@ -36,7 +36,7 @@ def test_three_runs_are_averaged_beside_their_own_starts(make_run, digits, capsy
     main_probe(tuple(map(str, runs)), device="cpu")
     (path,) = (runs[0] / "probe").iterdir()
     result = json.loads(path.read_text())
-    assert path.name.startswith("step-00000007-") and path.name.endswith("-3-seeds.json")
+    assert path.name.startswith("frozen-fast-step-00000007-") and path.name.endswith("-3-seeds.json")
     assert [source["seed"] for source in result["sources"]] == [3, 4, 5]
     pixels = as_pair(digits, lambda index: pixel_features(index, 8, 1))
     assert result["scores"]["pixels"]["knn"]["values"] == [knn_accuracy(*pixels)]
@@ -166,6 +166,7 @@ def test_embed_npz_and_safetensors_hold_the_same(make_run, digits, tmp_path):
         assert file["keys"].tolist() == keys
         about = json.loads(str(file["about"]))
     assert about["fingerprint"] == index.fingerprint and about["source"] == str(run)
+    assert about["weights"] == "trained"
     embed(str(run), shards, tmp_path / "new" / "a.safetensors", "cpu")
     with safe_open(tmp_path / "new" / "a.safetensors", framework="numpy") as file:
         assert json.loads(file.metadata()["about"]) == about
@@ -176,14 +177,38 @@ def test_embed_npz_and_safetensors_hold_the_same(make_run, digits, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "a.npz", "new"}
 
 
+def test_embed_takes_averaged_weights(make_run, digits, tmp_path):
+    run, shards = make_run({"optim": {"ema": 0.9}}), str(digits / "test")
+    main_embed(str(run), shards, out=tmp_path / "a.npz", weights="ema", device="cpu")
+    expected = encoder_features(load_frozen(str(run), "ema"), open_shards(shards))
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        assert np.array_equal(file["features"], expected.values)
+        assert json.loads(str(file["about"]))["weights"] == "ema"
+
+
 def test_embed_refuses_before_it_works(make_run, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfsup.probe.embed.load_frozen", lambda source: pytest.fail("work was done"))
+    monkeypatch.setattr("selfsup.probe.embed.load_frozen", lambda *source: pytest.fail("work was done"))
     for name in ("a.pt", "a", "a.npy", "a.npz.gz"):
         with pytest.raises(ValueError, match=r"ending in .npz or .safetensors"):
             embed("x", str(digits / "test"), tmp_path / name)
     (tmp_path / "a.npz").touch()
     with pytest.raises(ValueError, match="already exists"):
         embed("x", str(digits / "test"), tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": -1}])
+def test_numbers_out_of_range_are_refused_by_name(make_run, digits, tmp_path, options):
+    run, option = str(make_run()), next(iter(options)).replace("_", "-")
+    with pytest.raises(ValueError, match=f"--{option}: expected >= "):
+        main_probe((run,), **options)
+    with pytest.raises(ValueError, match=f"--{option}: expected >= "):
+        main_embed(run, str(digits / "test"), out=tmp_path / "a.npz", **options)
+
+
+def test_embed_below_a_file_is_one_line(make_run, digits, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--out .*: .*file is a file; give another name"):
+        main_embed(str(make_run()), str(digits / "test"), out=tmp_path / "file" / "a.npz")
 
 
 def test_embed_that_fails_leaves_nothing(make_run, digits, tmp_path, monkeypatch):

@@ -170,6 +170,7 @@ def test_what_it_refuses(make_run, digits, tmp_path, monkeypatch, capsys):
         ({"views": 1}, "--views: expected at least 2, got 1"),
         ({"view_samples": 1}, "--view-samples: expected at least 2"),
         ({"batch_size": 0}, "--batch-size: expected at least 1"),
+        ({"workers": -1}, "--workers: expected at least 0, got -1"),
         ({"shards": str(tmp_path / "none")}, "no such folder"),
     ):
         with pytest.raises(ValueError, match=message):

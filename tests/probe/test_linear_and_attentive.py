@@ -176,6 +176,10 @@ def test_attentive_head_starts_as_published():
     for layer, std in ((head.q, 0.02), (head.kv, 0.02), (head.proj, 0.02 / 2**0.5), (head.mlp.fc1, 0.02)):
         assert abs(float(layer.weight.detach().std()) / std - 1) < 0.02 and not layer.bias.any()
     assert abs(float(head.mlp.fc2.weight.detach().std()) / (0.02 / 2**0.5) - 1) < 0.02
+    bound = 256**-0.5  # torch's own start of a linear layer: uniform, weights and biases
+    for start in (head.classifier.weight.detach(), head.classifier.bias.detach()):
+        assert start.any() and float(start.abs().max()) <= bound
+    assert abs(float(head.classifier.weight.detach().std()) / (bound / 3**0.5) - 1) < 0.05
     assert [heads_of(dim, None) for dim in (24, 192, 768)] == [1, 3, 12] and heads_of(24, 6) == 6
     with pytest.raises(ValueError, match="--num-heads: expected a divisor of the tokens' width 24, got 5"):
         heads_of(24, 5)

@@ -1,5 +1,6 @@
 """`selfsup train` as a user meets it: faults are one clear line, exit code 2, nothing left behind."""
 
+import io
 import json
 import os
 import shutil
@@ -9,10 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from running import Server, final_state, kill, losses, make_shards, metrics, wait_for, write_config
+from selfsup.data.images import TrainImages
+from selfsup.data.index import open_shards
+from selfsup.look.pictures import grid
+from selfsup.recipe import load_recipe
 from selfsup.train import INTERRUPTED
 
 
@@ -175,19 +184,36 @@ def test_the_run_folder_tells_everything(bench):
     assert versions.keys() >= {"torch", "selfsup", "accelerate"}
     events = tensorboard_tags(run / "tensorboard")
     assert {"loss", "lr", "grad_norm", "images_per_s", "data_wait"} <= set(events["scalars"])
-    assert len(events["images"]) == 1 and "TRUE patch mean" in events["images"][0]
+    reconstruction, views = sorted(events["images"])
+    assert "TRUE patch mean" in reconstruction and views == "training views"
+    assert torch.equal(last_picture(run / "tensorboard", views), views_of_cursors(run, 48, 64))
     # and the resolved config alone repeats the run
     again = bench.folder / "again"
     codes, _ = bench.call(run / "config.yaml", "--run.dir", again)
     assert codes == [0] and losses(again) == losses(run)
 
 
-def tensorboard_tags(folder: Path) -> dict:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def events_of(folder: Path) -> EventAccumulator:
     events = EventAccumulator(str(folder))
     events.Reload()
-    return events.Tags()
+    return events
+
+
+def tensorboard_tags(folder: Path) -> dict:
+    return events_of(folder).Tags()
+
+
+def last_picture(folder: Path, tag: str) -> torch.Tensor:
+    """uint8 (3, h, w)."""
+    png = events_of(folder).Images(tag)[-1].encoded_image_string
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1)
+
+
+def views_of_cursors(run: Path, start: int, stop: int) -> torch.Tensor:
+    """What the loader yields for samples start .. stop - 1 of the run, drawn as the run draws it."""
+    recipe = load_recipe(run / "config.yaml", [])
+    dataset = TrainImages(recipe.data, open_shards(recipe.data.shards), recipe.seed, 16, 1)
+    return (grid(dataset.batch(np.arange(start, stop)).images, 8) * 255).to(torch.uint8)
 
 
 def test_init_from_starts_a_new_run_with_the_weights(bench):

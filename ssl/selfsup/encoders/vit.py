@@ -69,6 +69,10 @@ class ViTConfig(Section):
             raise ValueError(
                 f"num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
             )
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise ValueError(
+                f"mlp_ratio: expected at least one channel, 1 / embed_dim {self.embed_dim}, got {self.mlp_ratio:g}"
+            )
         if self.pos_embed == "rope" and self.embed_dim // self.num_heads % 4:
             raise ValueError(
                 f"pos_embed: rope needs a multiple of 4 channels a head, got {self.embed_dim // self.num_heads}"

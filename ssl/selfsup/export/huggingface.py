@@ -9,15 +9,12 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from selfsup.checkpoint import Weights, load_encoder
 from selfsup.encoders.vit import ViT, ViTConfig
 from selfsup.export.card import ENCODER, Usage, example_input, model_card
-from selfsup.export.load import quiet_transformers
 from selfsup.export.names import float_weights, rename, split_qkv
 from selfsup.export.verify import (
     TOLERANCE,
@@ -28,7 +25,9 @@ from selfsup.export.verify import (
     compare,
     encoder_outputs,
     example_images,
+    example_pixels,
     expect_no_keys,
+    quiet_transformers,
     reload_in,
 )
 from selfsup.export.write import (
@@ -185,16 +184,15 @@ def check_processor(folder: Path, recipe: Recipe) -> Check:
     """A random image of the native size through the processor of the folder and by our formula."""
     import transformers
 
-    encoder, library = recipe.encoder, f"transformers {transformers.__version__} image processor"
-    shape = (encoder.img_size, encoder.img_size, encoder.in_chans)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    library, (pixels, ours) = (
+        f"transformers {transformers.__version__} image processor",
+        example_pixels(recipe),
+    )
     with quiet_transformers():
         processor = reload_in(
             folder, library, lambda: transformers.AutoImageProcessor.from_pretrained(folder)
         )
         processed = reload_in(folder, library, lambda: processor(pixels, return_tensors="pt"))
-    scaled = (pixels / 255 - np.array(recipe.data.mean)) / np.array(recipe.data.std)
-    ours = torch.from_numpy(rearrange(scaled, "h w c -> 1 c h w")).float()
     return check_outputs(folder, library, (ours,), (processed["pixel_values"],), TOLERANCE[torch.float32])
 
 

@@ -4,8 +4,7 @@ Weights are read from safetensors only, and code from a model repository is neve
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfsup.checkpoint import load_encoder
+from selfsup.checkpoint import Weights, load_encoder
 from selfsup.encoders.vit import ViT
 from selfsup.export.card import POOLING
+from selfsup.export.verify import quiet_transformers
 from selfsup.recipe import Recipe
 
 ACCEPTED = (
@@ -50,6 +50,8 @@ class FrozenEncoder:
     """The folder loaded, of our own checkpoints."""
     notes: tuple[str, ...] = ()
     """Damaged checkpoints that were passed over, a sentence each."""
+    weights: Weights = "trained"
+    """Which of our own checkpoint's."""
 
     @torch.inference_mode()
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
@@ -75,15 +77,22 @@ class _Input(NamedTuple):
     std: tuple[float, ...]
 
 
-def load_frozen(source: str) -> FrozenEncoder:
+def load_frozen(source: str, weights: Weights = "trained") -> FrozenEncoder:
     """The encoder that `source` names.
 
     source: see ACCEPTED. A folder wins over a name. Names without a folder are fetched by timm or
-    transformers from the Hugging Face Hub, or taken from their cache.
+    transformers from the Hugging Face Hub, or taken from their cache. weights: of a run; averaged ones
+    are had only of a run that keeps them.
     Raises ValueError for anything else, for weights that are not safetensors, for missing weights,
     and with the library's message where it cannot load (no network, no such name).
     """
     folder = Path(source)
+    if (folder / "manifest.json").exists() or (folder / "checkpoints").is_dir():
+        return _from_run(source, folder, weights)
+    if weights == "ema":
+        raise ValueError(
+            f"--weights ema: {source!r} is no run of selfsup, which alone keeps averaged weights; leave it out"
+        )
     if folder.is_dir():
         return _from_folder(source, folder)
     kind, colon, name = source.partition(":")
@@ -97,8 +106,6 @@ def load_frozen(source: str) -> FrozenEncoder:
 
 
 def _from_folder(source: str, folder: Path) -> FrozenEncoder:
-    if (folder / "manifest.json").exists() or (folder / "checkpoints").is_dir():
-        return _from_run(source, folder)
     try:
         config = json.loads((folder / "config.json").read_text())
     except OSError:
@@ -119,9 +126,10 @@ def _from_folder(source: str, folder: Path) -> FrozenEncoder:
     return _from_timm(source, f"local-dir:{folder}", None)
 
 
-def _from_run(source: str, folder: Path) -> FrozenEncoder:
-    encoder, recipe, checkpoint, notes = load_encoder(folder)
-    return replace(from_vit(encoder, recipe, source), checkpoint=checkpoint, notes=tuple(notes))
+def _from_run(source: str, folder: Path, weights: Weights) -> FrozenEncoder:
+    encoder, recipe, checkpoint, notes = load_encoder(folder, weights)
+    frozen = from_vit(encoder, recipe, source)
+    return replace(frozen, checkpoint=checkpoint, notes=tuple(notes), weights=weights)
 
 
 def from_vit(encoder: ViT, recipe: Recipe, name: str) -> FrozenEncoder:
@@ -310,19 +318,3 @@ def _or_one_line(source: str, load: Callable[[], Any]) -> Any:
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{source}: cannot load it: {message}") from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bar or advice from transformers inside; its settings are put back."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

@@ -9,22 +9,27 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from selfsup.checkpoint import Weights, load_encoder
 from selfsup.encoders.vit import ViT, ViTConfig
 from selfsup.export.card import ENCODER, Usage, example_input, model_card
-from selfsup.export.load import quiet_transformers
 from selfsup.export.names import float_weights
 from selfsup.export.verify import (
+    TOLERANCE,
     Check,
     Reloaded,
+    check_outputs,
     compare,
     encoder_outputs,
     example_images,
+    example_pixels,
     expect_no_keys,
     expect_same_names,
+    quiet_transformers,
     reload_in,
 )
 from selfsup.export.write import (
@@ -73,7 +78,7 @@ def export_timm(source: Path, out: Path | None = None, weights: Weights = "train
     with staged(final) as tmp:
         write_weights(tmp, float_weights(encoder))
         write_json(tmp / "config.json", timm_config(recipe.encoder, recipe.data.mean, recipe.data.std))
-        checks, unchecked = verify(tmp, encoder)
+        checks, unchecked = verify(tmp, encoder, recipe)
         (tmp / "README.md").write_text(model_card(recipe, state, weights, checks, unchecked, usage))
     return ExportReport(final, checkpoint, state["step"], checks, (*passed_over, *unchecked), usage.load)
 
@@ -123,12 +128,13 @@ def timm_config(encoder: ViTConfig, mean: tuple[float, ...], std: tuple[float, .
     }
 
 
-def verify(folder: Path, encoder: ViT) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+def verify(folder: Path, encoder: ViT, recipe: Recipe) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     """Reloads a timm-format folder in timm and transformers and compares it with `encoder` (eval mode).
 
-    Compares pooled features and all tokens on a fixed random input, in float32 and float64. Returns
-    the measurements, and a sentence for a library that is not installed. Raises ValueError where a
-    library finds missing or unexpected weights, or outputs differ (see `compare`).
+    Compares pooled features and all tokens on a fixed random input, in float32 and float64, and what
+    timm makes of an image's pixels. Returns the measurements, and a sentence for a library that is not
+    installed. Raises ValueError where a library finds missing or unexpected weights, or outputs
+    differ (see `compare`).
     """
     reloaded, unchecked = [_reload_in_timm(folder)], []
     if importlib.util.find_spec("transformers") is None:
@@ -136,7 +142,7 @@ def verify(folder: Path, encoder: ViT) -> tuple[tuple[Check, ...], tuple[str, ..
     else:
         reloaded.append(_reload_in_transformers(folder))
     checks = compare(folder, encoder, encoder_outputs, reloaded, example_images(encoder.config))
-    return checks, tuple(unchecked)
+    return (*checks, _check_transform(folder, reloaded[0].module, recipe)), tuple(unchecked)
 
 
 def _reload_in_timm(folder: Path) -> Reloaded:
@@ -151,6 +157,17 @@ def _reload_in_timm(folder: Path) -> Reloaded:
         return module.forward_features(images), module(images)
 
     return Reloaded(f"timm {timm.__version__}", module.eval(), outputs)
+
+
+def _check_transform(folder: Path, module: Any, recipe: Recipe) -> Check:
+    """A random image of the native size through the transform that timm makes for the reloaded model."""
+    import timm
+
+    library, (pixels, ours) = f"timm {timm.__version__} transform", example_pixels(recipe)
+    image = Image.fromarray(pixels.squeeze(-1) if recipe.encoder.in_chans == 1 else pixels)
+    data = timm.data.resolve_model_data_config(module)
+    theirs = reload_in(folder, library, lambda: timm.data.create_transform(**data)(image))
+    return check_outputs(folder, library, (ours,), (theirs[None],), TOLERANCE[torch.float32])
 
 
 def _reload_in_transformers(folder: Path) -> Reloaded:
@@ -199,5 +216,5 @@ features = model({images}).pooler_output
         ),
         load='timm.create_model("local-dir:DIR", pretrained=True)',
         compared="Reloaded from this folder and compared with the trained encoder: all tokens and the "
-        "pooled feature",
+        "pooled feature; the pixels that timm's transform gives",
     )

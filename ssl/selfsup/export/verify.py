@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from selfsup.encoders.vit import ViT, ViTConfig
@@ -81,7 +83,8 @@ def check_outputs(folder: Path, library: str, ours: Outputs, theirs: Outputs, to
     shapes = [[tuple(output.shape) for output in outputs] for outputs in (ours, theirs)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{folder}: {library} gives shapes {shapes[1]}, expected {shapes[0]}; NOT exported")
-    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
+    difference = float(torch.tensor(differences, dtype=torch.float64).max())  # Python's max loses a NaN
     dtype = str(ours[0].dtype).removeprefix("torch.")
     check = Check(library, dtype, difference, tolerance * largest)
     if not difference <= check.limit:  # so that NaN fails too
@@ -93,6 +96,15 @@ def example_images(encoder: ViTConfig) -> Float[Tensor, "2 c h w"]:
     """Two fixed random images, as if normalised: float32 from N(0, 1)."""
     shape = (2, encoder.in_chans, encoder.img_size, encoder.img_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def example_pixels(recipe: Recipe) -> tuple[UInt8[np.ndarray, "h w c"], Float[Tensor, "1 c h w"]]:
+    """A fixed random image of the native size, and the input that our formula makes of it: float32."""
+    encoder, data = recipe.encoder, recipe.data
+    shape = (encoder.img_size, encoder.img_size, encoder.in_chans)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    scaled = (pixels / 255 - np.array(data.mean)) / np.array(data.std)
+    return pixels, torch.from_numpy(rearrange(scaled, "h w c -> 1 c h w")).float()
 
 
 def example_noise(encoder: ViTConfig) -> Float[Tensor, "2 n"]:
@@ -169,3 +181,19 @@ def _highest_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar or advice from transformers inside; its settings are put back."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-from selfsup.checkpoint import load_objective
+from selfsup.checkpoint import Weights, load_objective
 from selfsup.data.index import open_shards
 from selfsup.durable import fsync_path
 from selfsup.look.draw import Loaded, look
@@ -27,8 +27,9 @@ def main_look(
     run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
     /,
     *,
-    shards: str | None = None,
-    out: Path | None = None,
+    shards: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    weights: Weights = "trained",
     samples: int = 8,
     views: int = 8,
     neighbours: int = 8,
@@ -42,7 +43,9 @@ def main_look(
         run: run or checkpoint folder.
         shards: folder of WebDataset shards to look at, held-out ones if there are any; default: those
             that the run trained on.
-        out: folder for PNG files and TensorBoard entries; default RUN/look/step-N.
+        out: folder for PNG files and TensorBoard entries; default RUN/look/step-N, with -ema behind it for
+            averaged weights. An earlier look is replaced.
+        weights: those of the last step, or their average over steps (of a run with optim.ema).
         samples: images shown.
         views: training views of each.
         neighbours: nearest neighbours of each.
@@ -50,8 +53,8 @@ def main_look(
         seed: another seed picks other images.
     """
     _check_counts(samples, views, neighbours, points)
-    loaded = load_run(run)
-    folder = _folder(loaded, out)
+    loaded = load_run(run, weights)
+    folder = _folder(loaded, out, weights)
     index = open_shards(shards if shards is not None else loaded.recipe.data.shards)
     if shards is None:
         print(f"looking at training images of {index.folder}; held-out ones with --shards")
@@ -62,7 +65,13 @@ def main_look(
     with _replacing(folder) as tmp:
         with SummaryWriter(tmp) as board:
             about = look(loaded, index, rows, samples, views, neighbours, tmp, board)
-        content = {"checkpoint": str(loaded.checkpoint), "step": loaded.step, **asked, **about}
+        content = {
+            "checkpoint": str(loaded.checkpoint),
+            "step": loaded.step,
+            "weights": weights,
+            **asked,
+            **about,
+        }
         (tmp / _ABOUT).write_text(json.dumps(content, indent=1))
     print(f"{folder}: {len(list(folder.glob('*.png')))} pictures, {_ABOUT}")
     print(f"see also: tensorboard --logdir {folder}")
@@ -79,9 +88,9 @@ def _check_counts(samples: int, views: int, neighbours: int, points: int) -> Non
         )
 
 
-def load_run(source: Path) -> Loaded:
+def load_run(source: Path, weights: Weights = "trained") -> Loaded:
     """The whole objective of a run or checkpoint, in eval mode; prints what was passed over."""
-    objective, recipe, checkpoint, passed_over = load_objective(source)
+    objective, recipe, checkpoint, passed_over = load_objective(source, weights)
     for line in passed_over:
         print(line)
     step = json.loads((checkpoint / "state.json").read_text())["step"]
@@ -89,14 +98,14 @@ def load_run(source: Path) -> Loaded:
     return Loaded(objective.requires_grad_(False).to(device), recipe, checkpoint, step, device)
 
 
-def _folder(loaded: Loaded, out: Path | None) -> Path:
+def _folder(loaded: Loaded, out: Path | None, weights: Weights) -> Path:
     """Where the pictures go. Raises ValueError for a folder that holds something else."""
     folder = out
     if folder is None:
         checkpoints = loaded.checkpoint.absolute().parent
         if checkpoints.name != "checkpoints":
             raise ValueError(f"{loaded.checkpoint}: lies in no run folder; say where to write with --out DIR")
-        folder = checkpoints.parent / "look" / f"step-{loaded.step:08d}"
+        folder = checkpoints.parent / "look" / f"step-{loaded.step:08d}{'-ema' * (weights == 'ema')}"
     if folder.exists() and not (folder / _ABOUT).exists():
         if not folder.is_dir() or any(folder.iterdir()):
             raise ValueError(f"--out {folder}: exists and is not an earlier look; give another name")

@@ -8,8 +8,10 @@ import base64
 import io
 from html import escape
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
@@ -26,6 +28,7 @@ from selfsup.recipe import Recipe
 THUMBNAIL = 160
 """Longest side of a stored image on the page, in pixels; smaller ones are shown as they are."""
 _CLASSES_SHOWN = 200
+_GENERATOR = '<meta name="generator" content="selfsup data show">'
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
@@ -39,10 +42,11 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def main_show(
-    shards: str,
+    shards: Annotated[str, tyro.conf.arg(metavar="SHARDS")],
     /,
-    config: Path | None = None,
-    out: Path | None = None,
+    *,
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     samples: int = 64,
     measure: int = 1000,
     seed: int = 0,
@@ -60,6 +64,8 @@ def main_show(
     path = out if out is not None else Path(f"{Path(shards).expanduser().resolve().name}.html")
     if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out {path}: expected a file ending in .html, got {path.suffix or 'no suffix'}")
+    if path.exists() and not (path.is_file() and _GENERATOR.encode() in path.read_bytes()[:1000]):
+        raise ValueError(f"--out {path}: exists and is not an earlier page; give another name")
     for name, value in (("samples", samples), ("measure", measure)):
         if value < 1:
             raise ValueError(f"--{name}: expected at least 1, got {value}")
@@ -129,7 +135,7 @@ def build_page(
         f'<div class="sheet">{"".join(figures)}</div>',
     ]
     head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta charset="utf-8">{_GENERATOR}<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{title}</title><style>{_STYLE}</style>"
     )
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{chr(10).join(body)}</body></html>\n'

@@ -51,6 +51,11 @@ class MAEConfig(Section):
                 f"objective.decoder_num_heads: expected a divisor of decoder_embed_dim "
                 f"{self.decoder_embed_dim}, got {self.decoder_num_heads}"
             )
+        if int(self.decoder_embed_dim * encoder.mlp_ratio) < 1:
+            raise ValueError(
+                f"encoder.mlp_ratio: {encoder.mlp_ratio:g} of decoder_embed_dim {self.decoder_embed_dim} leaves no "
+                f"channel in the decoder's MLP; raise one of them"
+            )
         if self.norm_pix_loss and encoder.patch_size**2 * encoder.in_chans == 1:
             raise ValueError("objective.norm_pix_loss: a patch of one value has no variance; set it to false")
         if not 0 < num_visible(encoder.num_patches, self.mask_ratio) < encoder.num_patches:

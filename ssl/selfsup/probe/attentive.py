@@ -43,7 +43,7 @@ from selfsup.probe.supervised import Trial, supervised
 from selfsup.schedule import warmup_cosine
 
 INIT_STD = 0.02
-"""Of the truncated normal that all weights and the query start from (V-JEPA, attentive_pooler.py)."""
+"""Of the truncated normal that the query and the block start from (V-JEPA, attentive_pooler.py)."""
 HEAD_WIDTH = 64
 """Channels of an attention head, as in the standard vision transformers."""
 
@@ -102,7 +102,7 @@ def main_attentive(
         recipe: settings of the probe.
         baselines: also probe the encoder as it was initialised.
     """
-    encoders = load_sources(runs)
+    encoders = load_sources(runs, setup.weights)
     measure = partial(probe_attentive, setup=setup, recipe=recipe)
     result = supervised("attentive", recipe.mode, encoders, setup, recipe, measure, baselines)
     publish(result, encoders[0], setup.out, Console())
@@ -121,12 +121,12 @@ class AttentiveHead(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), "gelu")
-        self.classifier = nn.Linear(dim, classes)
         self.init_weights()
+        self.classifier = nn.Linear(dim, classes)  # starts as torch's own do, in V-JEPA too
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """V-JEPA's: truncated normal, biases zero, the two last layers of the block over sqrt(2)."""
+        """V-JEPA's block: truncated normal, biases zero, its two last layers over sqrt(2)."""
         nn.init.trunc_normal_(self.query, std=INIT_STD)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):

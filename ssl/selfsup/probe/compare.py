@@ -10,6 +10,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from selfsup.checkpoint import Weights
 from selfsup.export.load import FrozenEncoder
 from selfsup.probe import knn, logreg
 from selfsup.probe.features import (
@@ -27,6 +28,8 @@ from selfsup.probe.sources import (
     default_shards,
     describe_data,
     describe_source,
+    expect,
+    expect_new,
     load_sources,
     open_labelled,
     pixels_too_large,
@@ -42,6 +45,7 @@ def main_probe(
     train: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None,
     test: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None,
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    weights: Weights = "trained",
     device: Device = "auto",
     batch_size: int = 256,
     workers: int = 0,
@@ -50,20 +54,25 @@ def main_probe(
 ) -> None:
     """Measure frozen features by logistic regression and kNN, beside raw pixels and random weights.
 
-    Several runs that differ in their seed give means and standard deviations.
+    Several runs that differ in their seed give means and standard deviations. Other probes have commands
+    of their own: selfsup probe linear, attentive, finetune, fewshot, representation; show prints results.
 
     Args:
         runs: run or checkpoint folders of one recipe, or one model: a folder, timm:NAME, hf:NAME.
         train: shards with labels to fit on; default: the run's own data.shards.
         test: shards with labels to score on; default: the folder `test` beside the training shards.
-        out: JSON to write; default RUN/probe/step-N-DATA.json in the first run folder.
+        out: JSON to write; default: a file of its own in RUN/probe, for the first run.
+        weights: those of the last step, or their average over steps (of a run with optim.ema).
         device: auto: CUDA where there is one.
         batch_size: images per forward pass.
         workers: loader processes; 0 loads in this one.
         bf16: compute features in bfloat16.
         baselines: what to measure beside; the regression on raw pixels can take minutes.
     """
-    encoders = load_sources(runs)
+    expect_new(out)
+    expect(batch_size >= 1, "--batch-size", ">= 1", batch_size)
+    expect(workers >= 0, "--workers", ">= 0", workers)
+    encoders = load_sources(runs, weights)
     train, test = default_shards(encoders, train, test)
     result = probe(encoders, train, test, choose_device(device), batch_size, workers, bf16, baselines)
     publish(result, encoders[0], out, Console())
@@ -124,6 +133,7 @@ def probe(
             "crop": CROP,
             "img_size": first.img_size,
             "computed_in": "bfloat16" if bf16 else "float32",
+            "baselines": sorted(baselines),
             "knn": knn.RECIPE,
             "logreg": logreg.RECIPE,
         },

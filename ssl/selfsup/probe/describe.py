@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from selfsup.batch import normalise
+from selfsup.checkpoint import Weights
 from selfsup.data.images import EvalImages, ImageData, augment, decode_image, load
 from selfsup.data.index import ShardIndex, open_shards
 from selfsup.data.reader import ShardReader
@@ -28,7 +29,8 @@ from selfsup.export.load import FrozenEncoder
 from selfsup.probe import representation
 from selfsup.probe.features import CROP, Device, choose_device, random_encoder
 from selfsup.probe.online import fixed_rows
-from selfsup.probe.sources import describe_source, load_sources, run_folder
+from selfsup.probe.report import REPRESENTATION
+from selfsup.probe.sources import describe_source, expect_new, load_sources, run_folder
 
 RECIPE = {
     "rankme": {"epsilon": representation.EPSILON, "centred": False},
@@ -80,6 +82,7 @@ def main_representation(
     views: int = 10,
     view_samples: int = 1000,
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    weights: Weights = "trained",
     device: Device = "auto",
     batch_size: int = 256,
     workers: int = 0,
@@ -96,13 +99,15 @@ def main_representation(
         samples: most images taken, chosen at random but the same for every run.
         views: augmented views of an image, at least 2; LiDAR's paper takes 50.
         view_samples: most images of which views are taken.
-        out: JSON to write; default RUN/probe/representation-step-N-DATA.json.
+        out: JSON to write; default RUN/probe/representation-step-N-DATA.json (-ema: averaged weights).
+        weights: those of the last step, or their average over steps (of a run with optim.ema).
         device: auto: CUDA where there is one.
         batch_size: images per forward pass.
         workers: loader processes; 0 loads in this one.
         bf16: compute features in bfloat16.
     """
-    (encoder,) = load_sources((run,))
+    expect_new(out)
+    (encoder,) = load_sources((run,), weights)
     result = describe(
         encoder, shards, samples, views, view_samples, choose_device(device), batch_size, workers, bf16
     )
@@ -141,6 +146,7 @@ def describe(
         ("--views", views, 2),
         ("--view-samples", view_samples, 2),
         ("--batch-size", batch_size, 1),
+        ("--workers", workers, 0),
     ):
         if value < least:
             raise ValueError(f"{option}: expected at least {least}, got {value}")
@@ -277,7 +283,7 @@ def print_description(result: Description, console: Console) -> None:
         "view_rank": min(data["view_samples"] - 1, width),
     }
     table = Table(
-        title="frozen features, no labels",
+        title="frozen features, no labels" + ", averaged weights" * (result.source["weights"] == "ema"),
         caption=f"{data['samples']} of the {data['images']} images of {data['shards']}; alignment and lidar: "
         f"{data['views']} views of {data['view_samples']}",
     )
@@ -300,13 +306,12 @@ def print_description(result: Description, console: Console) -> None:
 
 
 def _default_path(encoder: FrozenEncoder, result: Description) -> Path | None:
-    """RUN/probe/representation-step-N-DATA.json: another step or other data makes another file."""
+    """RUN/probe/representation-step-N-DATA.json: another step, other data or weights make another file."""
     folder = run_folder(encoder)
     if folder is None or encoder.checkpoint is None:
         return None
-    return (
-        folder / "probe" / f"representation-{encoder.checkpoint.name}-{result.data['fingerprint'][:8]}.json"
-    )
+    name = f"{encoder.checkpoint.name}-{result.data['fingerprint'][:8]}{'-ema' * (encoder.weights == 'ema')}"
+    return folder / "probe" / f"{REPRESENTATION}{name}.json"
 
 
 def _save(result: Description, path: Path) -> None:

@@ -11,10 +11,12 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from selfsup.checkpoint import Weights
 from selfsup.data.index import ShardIndex, open_shards
 from selfsup.durable import fsync_path
 from selfsup.export.load import FrozenEncoder, load_frozen
 from selfsup.probe.features import CROP, Device, Features, choose_device, encoder_features
+from selfsup.probe.sources import expect, expect_new
 
 
 def main_embed(
@@ -23,6 +25,7 @@ def main_embed(
     /,
     *,
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")],
+    weights: Weights = "trained",
     device: Device = "auto",
     batch_size: int = 256,
     workers: int = 0,
@@ -34,12 +37,13 @@ def main_embed(
         source: run or checkpoint folder, timm or Hugging Face folder, timm:NAME, hf:NAME.
         shards: folder of WebDataset shards.
         out: file to write, .npz or .safetensors.
+        weights: those of the last step, or their average over steps (of a run with optim.ema).
         device: auto: CUDA where there is one.
         batch_size: images per forward pass.
         workers: loader processes; 0 loads in this one.
         bf16: compute in bfloat16; the file holds float32 either way.
     """
-    rows, width = embed(source, shards, out, device, batch_size, workers, bf16)
+    rows, width = embed(source, shards, out, device, batch_size, workers, bf16, weights)
     print(f"{out}: features of {rows} samples, {width} numbers each, with keys and labels")
 
 
@@ -51,6 +55,7 @@ def embed(
     batch_size: int = 256,
     workers: int = 0,
     bf16: bool = False,
+    weights: Weights = "trained",
 ) -> tuple[int, int]:
     """Writes `features` float32 (n, d) and `labels` int64 (n,), -1 for none, in index order, with keys.
 
@@ -65,10 +70,11 @@ def embed(
     if out.suffix not in writers:
         got = out.suffix or "no suffix"
         raise ValueError(f"--out {out}: expected a file ending in .npz or .safetensors, got {got}")
-    if out.exists():
-        raise ValueError(f"--out {out}: already exists; remove it, or give another name")
+    expect_new(out)
+    expect(batch_size >= 1, "--batch-size", ">= 1", batch_size)
+    expect(workers >= 0, "--workers", ">= 0", workers)
     index = open_shards(shards)
-    encoder = load_frozen(source)
+    encoder = load_frozen(source, weights)
     for note in encoder.notes:
         print(note)
     features = encoder_features(encoder, index, batch_size, workers, choose_device(device), bf16, "embed")
@@ -82,7 +88,8 @@ def embed(
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         raise ValueError(f"--out {out}: cannot write it: {error}") from error
     finally:
-        tmp.unlink(missing_ok=True)
+        if tmp.exists():
+            tmp.unlink()
     return features.values.shape
 
 
@@ -90,6 +97,7 @@ def _about(encoder: FrozenEncoder, index: ShardIndex, shards: str, bf16: bool) -
     about = {
         "source": encoder.name,
         "checkpoint": str(encoder.checkpoint) if encoder.checkpoint else None,
+        "weights": encoder.weights,
         "feature": encoder.describe,
         "shards": shards,
         "fingerprint": index.fingerprint,

@@ -63,7 +63,7 @@ def main_fewshot(
         recipe: settings of the probe.
         baselines: also score raw pixels, or the encoder as it was initialised.
     """
-    encoders = load_sources(runs)
+    encoders = load_sources(runs, setup.weights)
     measure = partial(probe_fewshot, setup=setup, recipe=recipe)
     result = supervised("fewshot", "fast", encoders, setup, recipe, measure, baselines)
     publish(result, encoders[0], setup.out, Console())

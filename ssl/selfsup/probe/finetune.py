@@ -42,7 +42,11 @@ NO_DECAY = ("encoder.cls_token", "encoder.pos_embed", "encoder.reg_token", "enco
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """He et al. 2022, table 9, ViT-B, except for the batch size; rand-augment is left out."""
+    """He et al. 2022, table 9, with what the authors' code takes for ViT-B, except for the batch size.
+
+    Rand-augment is left out; test images are resized to the input size, not beyond it and cropped;
+    sin-cos positions of a run stay fixed, where the authors' code trains them.
+    """
 
     scratch: bool = False
     """The same architecture and training from random weights; layer decay is off unless given."""
@@ -51,7 +55,8 @@ class FinetuneRecipe:
     batch_size: int = 128
     """Samples a step, even (table 9: 1024)."""
     base_lr: float = 5e-4
-    """Peak learning rate of AdamW per 256 samples of a batch (table 9, ViT-B)."""
+    """Peak learning rate of AdamW per 256 samples of a batch (facebookresearch/mae, FINETUNE.md,
+    ViT-B; table 9 has 1e-3)."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine (facebookresearch/mae, main_finetune.py)."""
     warmup_fraction: float = 0.05
@@ -59,8 +64,8 @@ class FinetuneRecipe:
     weight_decay: float = 0.05
     """Decoupled decay of everything but biases, norms, class token and positions (table 9)."""
     layer_decay: float | None = None
-    """Learning rate of a block over that of the block above; default 0.65 (table 9, ViT-B), 1.0 from
-    scratch."""
+    """Learning rate of a block over that of the block above; default 0.65 (FINETUNE.md, ViT-B; table 9 has
+    0.75), 1.0 from scratch."""
     drop_path: float = 0.1
     """Stochastic depth at the last block, rising from 0 at the first (table 9, ViT-B)."""
     mixup: float = 0.8
@@ -111,9 +116,11 @@ def main_finetune(
         setup: what to read and where to compute.
         recipe: settings of the training.
     """
-    encoders = load_sources(runs)
+    encoders = load_sources(runs, setup.weights)
     for encoder in encoders:
         check_architecture(encoder, recipe.scratch)
+    if recipe.scratch and setup.weights != "trained":
+        raise ValueError("--scratch: no weights of the run enter; leave --weights out")
     if recipe.scratch and len(encoders) > 1:
         raise ValueError("--scratch: nothing of a run enters but its architecture; give one run and --seeds")
     if recipe.layer_decay is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
@@ -30,13 +31,20 @@ def _text(value: Any) -> str:
 def write_hparams(hyperparameters: Mapping[str, Any], metrics: Mapping[str, float], folder: Path) -> None:
     """One HParams session in `folder`, which is RUN/tensorboard/NAME, in place of an earlier one.
 
-    hyperparameters: nested JSON values. Raises ValueError where it cannot be written.
+    hyperparameters: nested JSON values. Raises ValueError where it cannot be written. Only the start and
+    the end of a session are written: `SummaryWriter.add_hparams` also lists the columns of the whole
+    table, and TensorBoard takes the list of the first session it meets, so that settings and
+    metrics which only other probes have would not be shown.
     """
     tmp = folder.with_name(f".tmp-{folder.name}")
     try:
         shutil.rmtree(tmp, ignore_errors=True)  # left by a killed probe
-        with SummaryWriter(tmp) as writer:  # run_name: else add_hparams makes a folder named by the clock
-            writer.add_hparams(flatten(hyperparameters), dict(metrics), run_name=".")
+        with SummaryWriter(tmp) as writer:
+            _columns, started, ended = hparams(flatten(hyperparameters), dict(metrics))
+            writer.file_writer.add_summary(started)
+            writer.file_writer.add_summary(ended)
+            for tag, value in metrics.items():
+                writer.add_scalar(tag, value)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(tmp, folder)
     except OSError as error:

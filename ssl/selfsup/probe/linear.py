@@ -89,7 +89,7 @@ def main_linear(
         recipe: settings of the probe.
         baselines: also probe raw pixels, or the encoder as it was initialised.
     """
-    encoders = load_sources(runs)
+    encoders = load_sources(runs, setup.weights)
     measure = partial(probe_linear, setup=setup, recipe=recipe)
     result = supervised("linear", recipe.mode, encoders, setup, recipe, measure, baselines)
     publish(result, encoders[0], setup.out, Console())

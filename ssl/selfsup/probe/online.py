@@ -81,8 +81,6 @@ class OnlineMonitor:
         """The first so many of `rows` are the bank, the others the queries."""
         self._labels = index.label[self.rows]
         self._images = _decode(EvalImages(index, size, channels), self.rows)
-        self.seconds = 0.0
-        """Spent in `measure` since the start."""
         self._ended = time.perf_counter()
         self.classifies = (
             len(labelled) >= _LEAST_LABELLED and self.bank >= NEIGHBOURS and len(np.unique(self._labels)) > 1
@@ -106,7 +104,7 @@ class OnlineMonitor:
         wrapped (DDP would wait for other ranks). knn: share of the queries that their 20 nearest in
         the bank classify rightly (see `probe.knn`), where there are labels. monitor_share: own wall
         time over all wall time since the last call. Where features are NaN or infinite there is
-        only feature_nonfinite, the number of such images: a monitor never ends a run.
+        only feature_nonfinite, the number of such images: they do not end the run.
         In eval mode, without gradients, in the run's number format; each module's training mode is
         put back. Draws no random numbers, so training goes on bit for bit as without it.
         """
@@ -123,7 +121,6 @@ class OnlineMonitor:
                 values["knn"] = self._knn(bank, queries)
         ended = time.perf_counter()
         values["monitor_share"] = (ended - began) / (ended - self._ended)
-        self.seconds += ended - began
         self._ended = ended
         return values
 

@@ -32,6 +32,9 @@ COLUMNS = {
     "finetune": "fine-tuned",
 }
 
+REPRESENTATION = "representation-"
+"""What the names of results without accuracies begin with (`selfsup probe representation`)."""
+
 Mode = Literal["fast", "paper"]
 """fast: features computed once, no augmentation; paper: augmented views at every step. Numbers of
 different modes answer different questions and are never put side by side."""
@@ -70,7 +73,7 @@ class ProbeResult:
     left_out: dict[str, str]
     """Kind of feature -> why it was not measured."""
     sources: tuple[dict[str, Any], ...]
-    """Name, description, seed, step of each pretrained model."""
+    """Name, weights, description, seed, step of each pretrained model."""
     recipe: dict[str, Any]
     """Of the probes: settings, seeds, crop, number format."""
     data: dict[str, Any]
@@ -99,13 +102,22 @@ class ProbeResult:
 
 
 def file_stem(result: ProbeResult, checkpoint: Path) -> str:
-    """step-N-DATA of the frozen probe, else PROBE-MODE-step-N-DATA-RECIPE: what differs never shares a file."""
-    stem = f"{checkpoint.name}-{result.data['test']['fingerprint'][:8]}"
-    if result.probe != "frozen":
-        recipe = json.dumps(result.recipe, sort_keys=True)
-        stem = f"{result.probe}-{result.mode}-{stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    """PROBE-MODE-step-N-DATA-RECIPE, then the number of runs and -ema: what differs never shares a file."""
+    data = [result.data[part]["fingerprint"] for part in ("train", "test")]
+    how = [result.recipe, [source["seed"] for source in result.sources]]
+    stem = f"{result.probe}-{result.mode}-{checkpoint.name}-{_short_hash(data)}-{_short_hash(how)}"
     runs = len(result.sources)
-    return f"{stem}-{runs}-seeds" if runs > 1 else stem
+    return stem + (f"-{runs}-seeds" if runs > 1 else "") + "-ema" * _is_ema(result)
+
+
+def _is_ema(result: ProbeResult) -> bool:
+    """Whether averaged weights were probed; results of earlier versions do not say, and were not."""
+    return result.sources[0].get("weights") == "ema"
+
+
+def _short_hash(content: Any) -> str:
+    """Eight digits that tell JSON values apart."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def publish(result: ProbeResult, encoder: FrozenEncoder, out: Path | None, console: Console) -> None:
@@ -130,7 +142,7 @@ def publish(result: ProbeResult, encoder: FrozenEncoder, out: Path | None, conso
 def hyperparameters(result: ProbeResult) -> dict[str, Any]:
     """The probe's recipe, and that of the pretraining under `pretraining`; nested JSON values."""
     first = result.sources[0]
-    mine = {"probe": result.probe, "mode": result.mode, **result.recipe}
+    mine = {"probe": result.probe, "mode": result.mode, "weights": first["weights"], **result.recipe}
     return {**mine, "pretraining": {"step": first["step"], "seed": first["seed"], **(first["recipe"] or {})}}
 
 
@@ -169,14 +181,25 @@ def load_result(path: Path) -> ProbeResult:
 
 
 def main_show(files: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")], /) -> None:
-    """Print results of probes in one table: of one mode, on the same data.
+    """Print results of probes: a table for each mode and each data set, which are not compared.
 
     Args:
-        files: JSON files from RUN/probe.
+        files: JSON files from RUN/probe; those named representation-… are passed over.
     """
-    if not files:
-        raise ValueError("probe show: expected JSON files of RUN/probe, got none")
-    print_results([load_result(path) for path in files], Console())
+    results = []
+    for path in files:
+        if path.name.startswith(REPRESENTATION):
+            print(f"{path}: passed over, it holds no accuracies; it is of selfsup probe representation")
+        else:
+            results.append(load_result(path))
+    if not results:
+        raise ValueError("probe show: expected JSON files of RUN/probe with accuracies, got none")
+    apart: dict[tuple[str, ...], list[ProbeResult]] = {}
+    for result in results:
+        data = (result.data[part]["fingerprint"] for part in ("train", "test"))
+        apart.setdefault((result.mode, *data), []).append(result)
+    for comparable in apart.values():
+        print_results(comparable, Console())
 
 
 def print_results(results: Sequence[ProbeResult], console: Console) -> None:
@@ -196,9 +219,8 @@ def print_results(results: Sequence[ProbeResult], console: Console) -> None:
                 shards = f"{result.data[part]['shards']} and {first.data[part]['shards']}"
                 raise ValueError(f"{part}: {shards} are different data; show the results apart")
     console.print(_table(results))
-    for result in results:
-        for line in _remarks(result):
-            console.print(line, markup=False, highlight=False)
+    for line in dict.fromkeys(line for result in results for line in _remarks(result)):
+        console.print(line, markup=False, highlight=False)
 
 
 def _table(results: Sequence[ProbeResult]) -> Table:
@@ -214,6 +236,8 @@ def _table(results: Sequence[ProbeResult]) -> Table:
     for result in results:
         source = f"{result.sources[0]['name']}, " if len(results) > 1 else ""
         for kind, title in ROWS.items():
+            if kind == "pretrained" and _is_ema(result):
+                title += ", averaged weights"
             scores = result.scores.get(kind, {})
             for shots in dict.fromkeys(name.partition("-")[2] for name in scores):
                 found = [scores.get(f"{column}-{shots}" if shots else column) for column in columns]

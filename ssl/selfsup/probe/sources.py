@@ -1,6 +1,7 @@
 """What a probe is given: encoders fit to be averaged, labelled data fit to be compared on."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import tyro
 
+from selfsup.checkpoint import Weights
 from selfsup.data.index import ShardIndex, open_shards
 from selfsup.export.load import FrozenEncoder, load_frozen
 from selfsup.memory import keep_freed_memory
@@ -32,6 +34,8 @@ class Setup:
     """Shards with labels to score on; default: the folder `test` beside the training shards."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON to write; default: a file of its own in RUN/probe, for the first run."""
+    weights: Weights = "trained"
+    """Of a run: those of the last step, or their average over steps (of a run with optim.ema)."""
     seeds: tuple[int, ...] = (0,)
     """Of the probe: one fit each, from its own initial weights, order, crops and draws."""
     device: Device = "auto"
@@ -50,6 +54,7 @@ class Setup:
             raise ValueError(f"--seeds: expected 0 <= seed < 2**32, got {_spaced(self.seeds)}")
         expect(self.threads is None or self.threads >= 1, "--threads", ">= 1", self.threads)
         expect(self.workers >= 0, "--workers", ">= 0", self.workers)
+        expect_new(self.out)
 
     def start(self) -> torch.device:
         """Sets the number of threads; the device. Raises ValueError for cuda where there is none."""
@@ -71,6 +76,18 @@ def expect(holds: bool, option: str, expected: str, got: object) -> None:
         raise ValueError(f"{option}: expected {expected}, got {got}")
 
 
+def expect_new(out: Path | None) -> None:
+    """Raises ValueError where the file named for a result exists, or has no place: before the work."""
+    if out is None:
+        return
+    if out.exists():
+        raise ValueError(f"--out {out}: already exists; remove it, or give another name")
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "cannot be written" if place.is_dir() else "is a file"
+        raise ValueError(f"--out {out}: {place} {why}; give another name")
+
+
 def expect_crop_scale(scale: tuple[float, float]) -> None:
     """Raises ValueError where the areas of random crops are out of range."""
     low, high = scale
@@ -86,15 +103,15 @@ class Labelled(NamedTuple):
     """Labels are 0 .. classes - 1."""
 
 
-def load_sources(sources: tuple[str, ...]) -> list[FrozenEncoder]:
+def load_sources(sources: tuple[str, ...], weights: Weights = "trained") -> list[FrozenEncoder]:
     """The encoders, loaded and fit to be averaged; what was passed over goes to stderr.
 
-    Raises ValueError for none, and for several that are not runs of one recipe, at one step, each
-    with a seed of its own: their mean would be of nothing.
+    weights: see `load_frozen`. Raises ValueError for none, and for several that are not runs of one
+    recipe, at one step, each with a seed of its own: their mean would be of nothing.
     """
     if not sources:
         raise ValueError("probe: expected a run folder or a model, got none")
-    encoders = [load_frozen(source) for source in sources]
+    encoders = [load_frozen(source, weights) for source in sources]
     for encoder in encoders:
         for note in encoder.notes:
             print(note, file=sys.stderr)
@@ -190,11 +207,12 @@ def _check_labels(train: ShardIndex, test: ShardIndex) -> None:
 
 
 def describe_source(encoder: FrozenEncoder) -> dict[str, Any]:
-    """Name, checkpoint, feature, seed, step and recipe of an encoder, JSON values."""
+    """Name, checkpoint, weights, feature, seed, step and recipe of an encoder, JSON values."""
     state = _state(encoder)
     return {
         "name": encoder.name,
         "checkpoint": str(encoder.checkpoint) if encoder.checkpoint else None,
+        "weights": encoder.weights,
         "feature": encoder.describe,
         "seed": encoder.recipe.seed if encoder.recipe else None,
         "step": state.get("step"),
