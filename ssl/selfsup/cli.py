@@ -1,5 +1,6 @@
 """The `selfsup` command. Each subcommand is a plain function; its imports wait until it is called."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -101,9 +102,12 @@ def main() -> int:
             case [] | ["-h" | "--help"] | ["data"] | ["data", "-h" | "--help"]:
                 print(USAGE)
                 return 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is written is whole", file=sys.stderr)
+        return 128 + signal.SIGINT
     print(f"error: unknown command: selfsup {' '.join(arguments[:2])}\n\n{USAGE}", file=sys.stderr)
     return 2
 
