@@ -1,5 +1,6 @@
 """What happens before the first step: devices, data, a resumed state, and what is said about them."""
 
+import contextlib
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from rich.console import Console
 from torch import Tensor
 
 from selfsup import checkpoint, dist
@@ -229,6 +229,6 @@ def print_help(config: Path | None, usage: str) -> None:
     required = {"data": {"shards": "DIR"}, "run": {"dir": "DIR"}}
     recipe = validate(Recipe, merge(required, read_yaml(config)) if config is not None else required)
     marked = tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[Recipe]]
-    parser = tyro.extras.get_parser(marked, prog="selfsup train", default=recipe)
     print(usage)  # as it stands: as a parser's description its lines would be run together
-    Console().print(parser.format_help(), markup=False, highlight=False)
+    with contextlib.suppress(SystemExit):  # tyro's way to end after its help
+        tyro.cli(marked, prog="selfsup train", default=recipe, args=["--help"])
