@@ -81,7 +81,8 @@ def fit(
     """
     module.train()
     losses: list[Tensor] = []
-    for step in tqdm(range(steps), desc=title, unit="step", disable=None):
+    bar = tqdm(range(steps), desc=title, unit="step", disable=None)
+    for step in bar:
         inputs, targets = next(batches)
         seed_generators(seed, step)
         if mix is not None:
@@ -100,6 +101,9 @@ def fit(
                 raise ValueError(
                     f"{title}: the loss is not finite by step {step + 1}; lower the learning rate"
                 )
+        # Without a terminal there is no bar: a line every tenth of the way.
+        if bar.disable and 10 * len(losses) // steps > 10 * step // steps:
+            print(f"{title}: step {len(losses)}/{steps}, loss {losses[-1].item():.3f}", flush=True)
     return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
 
 
