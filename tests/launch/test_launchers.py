@@ -1,5 +1,6 @@
 """The real launchers start what they were asked for, and the run is the same under each."""
 
+import fcntl
 import json
 import os
 import signal
@@ -80,6 +81,16 @@ def test_accelerate_on_one_process(bench):
     assert processes(folder / "cpu") == 1 and len(metrics(folder / "cpu")) == 20
 
 
+def is_free(run: Path) -> bool:
+    """Whether no process holds the run folder."""
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_under_accelerate(bench):
     """kill -9 of the launcher and its ranks in mid-run; the resumed run ends bit for bit as one never stopped."""
@@ -99,6 +110,7 @@ def test_killed_and_resumed_under_accelerate(bench):
     wait_for(lambda: list(run.glob("checkpoints/step-00000006")))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    wait_for(lambda: is_free(run))  # the launcher is gone, its ranks may take a moment longer
     assert not (run / "outcome.json").exists(), "killed too late"
     done = accelerate("cpu2.yaml", "--resume", run)
     assert done.returncode == 0, done.stderr
