@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -108,7 +109,8 @@ def test_killed_and_resumed_under_accelerate(bench):
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=env)
     wait_for(lambda: list(run.glob("checkpoints/step-00000006")))
-    os.killpg(process.pid, signal.SIGKILL)
+    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        each.kill()  # every rank is in a session of its own: killing the launcher's group would spare them
     process.wait()
     wait_for(lambda: is_free(run))  # the launcher is gone, its ranks may take a moment longer
     assert not (run / "outcome.json").exists(), "killed too late"
