@@ -24,6 +24,7 @@ FLOORS = {
     "objectives": 5,
     "recipe": 6,
     "checkpoint": 7,
+    "conformance": 9,
     "run_folder": 8, "export": 8,
     "probe": 9, "start": 9, "look": 9, "doctor": 9,
     "train": 10,

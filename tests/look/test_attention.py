@@ -96,7 +96,7 @@ def test_equals_the_softmax_of_what_reaches_the_kernel(form, monkeypatch):
         return (caught[-1] @ v.double()).float()
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(layers_attention, "attention_function", lambda name, device: kernel)
+        patch.setattr(layers_attention, "attention_function", lambda name: kernel)
         ours.forward_features(images)
     prefix = ours.num_prefix_tokens
     weights = torch.stack(caught)

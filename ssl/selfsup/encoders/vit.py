@@ -57,7 +57,7 @@ class ViTConfig(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth at the last block; rises linearly from 0 at the first."""
     attention: AttentionName = "reference"
-    """Attention kernel: our own (reference), torch's fused one (torch), or by device (auto)."""
+    """Attention kernel: our own (reference; tiled: O(l) memory), torch's (torch, flex), or by shape (auto)."""
 
     @model_validator(mode="after")
     def _check(self) -> "ViTConfig":

@@ -27,5 +27,5 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"], rotation: Rotation | None = None) -> Float[Tensor, "b n d"]:
         q, k, v = self.heads(x, rotation)
-        x = attention_function(self.attention, x.device)(q, k, v)  # (b, h, n, c)
+        x = attention_function(self.attention)(q, k, v)  # (b, h, n, c)
         return self.proj(rearrange(x, "b h n c -> b n (h c)"))

@@ -140,7 +140,7 @@ class AttentiveHead(nn.Module):
         query = self.query.expand(len(tokens), -1, -1)
         q = rearrange(self.q(query), "b one (h d) -> b h one d", h=self.num_heads)
         k, v = rearrange(self.kv(self.norm1(tokens)), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
-        read = attention_function("auto", tokens.device)(q, k, v)  # (b, h, 1, d)
+        read = attention_function("auto")(q, k, v)  # (b, h, 1, d)
         query = query + self.proj(rearrange(read, "b h one d -> b one (h d)"))
         query = query + self.mlp(self.norm2(query))
         return self.classifier(query[:, 0])

@@ -1,0 +1,368 @@
+"""The cases, as data. Each names the bugs of real kernels that it descends from.
+
+Levels: core is the forward pass, train the gradients, full whatever else a kernel is trusted with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from selfsup.conformance import expectations as expect
+from selfsup.conformance import inputs as draws
+from selfsup.conformance import properties
+from selfsup.conformance.inputs import InputRecipe, Shape
+
+Level = Literal["core", "train", "full"]
+LEVELS: tuple[Level, ...] = ("core", "train", "full")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that must hold of a kernel."""
+
+    id: str
+    level: Level
+    requires: frozenset[str]
+    make_inputs: InputRecipe
+    expected: expect.Expectation
+    cites: str
+
+    @property
+    def group(self) -> str:
+        """Cases of a group share a process."""
+        return self.id.split("/")[0]
+
+    @property
+    def cost(self) -> int:
+        """Scores to compute."""
+        shape = self.make_inputs.shape
+        return shape.b * shape.h * shape.l * shape.s
+
+
+def cases(level: Level) -> list[Case]:
+    """All cases up to a level."""
+    kept = LEVELS[: LEVELS.index(level) + 1]
+    return [case for case in ALL if case.level in kept]
+
+
+def _needs(recipe: InputRecipe, gradients: bool) -> set[str]:
+    """The features that a call with these inputs uses."""
+    shape, options = recipe.shape, recipe.options
+    needs = {recipe.dtype}
+    band = bool(options.get("is_causal")) or "window" in options
+    needs |= {"backward"} if gradients else set()
+    needs |= {"cross"} if shape.l != shape.s else set()
+    needs |= {"value_dim"} if shape.d != shape.dv else set()
+    needs |= {"gqa"} if shape.h != shape.hk else set()
+    needs |= {"causal"} if options.get("is_causal") else set()
+    if band and shape.l != shape.s:
+        needs |= {str(options.get("causal_align", "top_left"))}
+    needs |= {n for n in ("scale", "window", "softcap") if n in options}
+    needs |= {"alibi"} if "alibi_slopes" in options else set()
+    needs |= {"documents"} if "document_ids" in options else set()
+    if options.get("return_lse"):
+        needs |= {"lse", "lse_grad"} if gradients else {"lse"}
+    return needs
+
+
+ALL: list[Case] = []
+
+
+def _add(
+    id: str,
+    cites: str,
+    *extra: str,
+    shape: Shape = Shape(),
+    dtypes: tuple[str, ...] = ("fp32",),
+    draw: draws.Draw = draws.normal,
+    layout: str = "contiguous",
+    grad_layout: str = "contiguous",
+    forward: Level | None = "core",
+    backward: Level | None = "train",
+    **options: Any,
+) -> None:
+    """A case against the float64 loop, forward, and once more with gradients, for each dtype."""
+    for dtype in dtypes:
+        recipe = InputRecipe(shape, dtype, draw, options, layout, grad_layout)
+        if forward is not None:
+            needs = frozenset(_needs(recipe, False) | set(extra) - {"mask_grad"})
+            ALL.append(Case(f"{id}-{dtype}", forward, needs, recipe, expect.forward, cites))
+        if backward is not None:
+            needs = frozenset(_needs(recipe, True) | set(extra))
+            ALL.append(Case(f"{id}-{dtype}-grad", backward, needs, recipe, expect.gradients, cites))
+
+
+def _check(
+    id: str,
+    cites: str,
+    *extra: str,
+    expected: expect.Expectation,
+    level: Level = "full",
+    gradients: bool = False,
+    shape: Shape = Shape(),
+    dtype: str = "fp32",
+    draw: draws.Draw = draws.normal,
+    **options: Any,
+) -> None:
+    """A case with an expectation of its own."""
+    recipe = InputRecipe(shape, dtype, draw, options)
+    ALL.append(Case(id, level, frozenset(_needs(recipe, gradients) | set(extra)), recipe, expected, cites))
+
+
+def square(n: int, **sizes: int) -> Shape:
+    """As many keys as queries."""
+    return Shape(l=n, s=n, **sizes)
+
+
+def width(d: int, **sizes: int) -> Shape:
+    """q, k and v of one width."""
+    return Shape(d=d, dv=d, **sizes)
+
+
+HALF = ("fp32", "bf16")
+THREE = ("fp32", "bf16", "fp16")
+
+# Masks, drawn anew for each case
+
+
+def bool_mask(*dims: str) -> draws.Option:
+    """Random, 60% allowed, the first key always; dims out of "b", "h", "l", "s", or "1" for a broadcast one."""
+
+    def mask(shape: Shape, generator: torch.Generator) -> Tensor:
+        size = [1 if n == "1" else getattr(shape, n) for n in dims]
+        keep = torch.rand(size, generator=generator) < 0.6
+        keep[..., :1] = True
+        return keep
+
+    return mask
+
+
+def float_mask(*dims: str, grad: bool = False) -> draws.Option:
+    """Standard normal numbers."""
+
+    def mask(shape: Shape, generator: torch.Generator) -> Tensor:
+        size = [1 if n == "1" else getattr(shape, n) for n in dims]
+        return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+    return mask
+
+
+def rows_without_keys(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Every third query sees no key."""
+    keep = torch.rand(shape.l, shape.s, generator=generator) < 0.6
+    keep[:, :1] = True
+    keep[::3] = False
+    return keep
+
+
+def first_keys_hidden(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Even queries see only the last keys: the online softmax meets whole tiles without one."""
+    keep = torch.ones(shape.l, shape.s, dtype=torch.bool)
+    keep[::2, : -max(1, shape.s // 5)] = False
+    return keep
+
+
+def as_infinities(mask: draws.Option, grad: bool = False) -> draws.Option:
+    """A bool mask as floats: 0 where allowed, -inf elsewhere."""
+
+    def floats(shape: Shape, generator: torch.Generator) -> Tensor:
+        keep = mask(shape, generator)
+        return torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, -torch.inf).requires_grad_(grad)
+
+    return floats
+
+
+def lowest(shape: Shape, generator: torch.Generator) -> Tensor:
+    """The lowest finite number of fp16 for 40% of the keys: a soft mask, not a hard one."""
+    keep = bool_mask("b", "1", "1", "s")(shape, generator)
+    return torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, -65504.0)
+
+
+def segments(*lengths: int) -> draws.Option:
+    """Documents of these lengths, the last one up to the end; the second batch entry shifted by one token."""
+
+    def ids(shape: Shape, generator: torch.Generator) -> Tensor:
+        ends = torch.tensor(lengths).cumsum(0)
+        places = torch.arange(shape.s) + torch.arange(shape.b)[:, None]
+        return (places[..., None] >= ends).sum(-1)
+
+    return ids
+
+
+def slopes(*dims: str) -> draws.Option:
+    """2^-1, 2^-2, ..., as in the paper for 8 heads; with "b" scaled for each batch entry."""
+
+    def draw(shape: Shape, generator: torch.Generator) -> Tensor:
+        by_head = 2.0 ** -(1 + torch.arange(shape.h) * 8 / max(1, shape.h)).double()
+        return by_head if dims == ("h",) else by_head * torch.linspace(0.5, 1.5, shape.b).double()[:, None]
+
+    return draw
+
+
+# Tails of tiles
+for n in (1, 2, 3, 15, 17, 31, 33, 63, 65, 97, 127, 129, 197):
+    _add(f"tail/{n}", "FA#443 (NaN dQ), pytorch#153799, pytorch#159247", shape=square(n))
+for n in (33, 65, 129):
+    _add(f"tail/{n}", "pytorch#191937", shape=square(n), dtypes=("bf16", "fp16"))
+for rows, keys in ((1, 197), (197, 1), (33, 97), (129, 65), (16, 130), (65, 64)):
+    _add(f"tail/{rows}x{keys}", "pytorch#153799, pytorch#191937 (s % 32 == 1)", shape=Shape(l=rows, s=keys))
+_add("tail/batches", "batch and head strides mixed up", shape=Shape(b=3, h=5, hk=5, l=17, s=35))
+_add("tail/long", "rounding that grows with the row", shape=Shape(b=1, h=1, hk=1, l=70, s=700), dtypes=HALF,
+     forward="train", backward="full")  # fmt: skip
+
+# Logits far from zero
+for name, draw in (("very-negative", draws.very_negative), ("very-positive", draws.very_positive),
+                   ("rising", draws.rising), ("falling", draws.falling), ("constant", draws.constant)):  # fmt: skip
+    cites = "pytorch#196678 (cuDNN NaN dQ), cudnn-frontend#1072" if name == "very-negative" else "pytorch#119320"
+    _add(f"logits/{name}", cites, shape=Shape(l=67, s=75), draw=draw, dtypes=HALF)
+    _add(f"logits/{name}-tiles", cites, shape=Shape(b=1, l=17, s=192 + 64), draw=draw)
+_add("logits/peaky", "pytorch#125674", shape=square(75), draw=draws.peaky, dtypes=HALF)
+for dtype in ("fp16", "bf16"):
+    _check(f"absolute/accumulator-{dtype}", "sums kept in half precision", expected=expect.absolute, level="core",
+           dtype=dtype, draw=draws.lost_in_the_sum, shape=Shape(1, 1, 1, 2, 1100, 16, 16))  # fmt: skip
+
+# Widths
+for d in (1, 8, 16, 40, 59, 64, 72, 80, 96, 111, 128, 160, 192, 256):
+    _add(f"width/{d}", "FA#2541 (d = 256: dV), NSA-triton#27 (unmasked tail of d)", shape=width(d, h=1, hk=1, l=35, s=35))
+for d, dv in ((64, 32), (16, 48), (40, 59)):
+    _add(f"width/{d}-{dv}", "v takes its width from k", shape=Shape(h=1, hk=1, d=d, dv=dv))
+_add("width/scale", "the default scale from the padded width", shape=width(40, l=65, s=65), dtypes=HALF)
+
+# Scale
+for scale in (0.37, 0.0, -0.5, 3.0):
+    _add(f"scale/{scale:g}", "scale ignored in the backward pass", shape=square(35), scale=scale)
+_add("scale/half", "scale ignored in the backward pass", shape=square(65), dtypes=("bf16", "fp16"), scale=0.37)
+
+# Causal
+for n in (1, 17, 64, 65, 130):
+    _add(f"causal/{n}", "off by one, forward and backward apart", shape=square(n), is_causal=True)
+_add("causal/half", "off by one", shape=square(65), dtypes=("bf16", "fp16"), is_causal=True)
+for rows, keys in ((33, 97), (97, 33), (1, 40), (64, 80)):
+    for align in ("top_left", "bottom_right"):
+        extra = ("masked_rows",) if align == "bottom_right" and rows > keys else ()
+        _add(f"causal/{rows}x{keys}-{align}", "FA#951, FA#282, FA#1778, pytorch#110144", *extra,
+             shape=Shape(l=rows, s=keys), is_causal=True, causal_align=align)  # fmt: skip
+
+# Masks
+for dims in (("l", "s"), ("b", "h", "l", "s"), ("1", "1", "1", "s"), ("b", "1", "1", "s"), ("b", "1", "l", "s"),
+             ("1", "h", "l", "s")):  # fmt: skip
+    name = "".join(dims)
+    _add(f"mask/bool-{name}", "the mask's batch or head ignored", "bool_mask", shape=Shape(b=2, l=35, s=67),
+         attn_mask=bool_mask(*dims))  # fmt: skip
+    _add(f"mask/float-{name}", "the mask's batch or head ignored", "float_mask", shape=Shape(b=2, l=35, s=67),
+         attn_mask=float_mask(*dims), backward=None)  # fmt: skip
+    _add(f"mask/grad-{name}", "pytorch#148476 (gradient of the mask)", "float_mask", "mask_grad", forward=None,
+         shape=Shape(b=2, l=35, s=67), attn_mask=float_mask(*dims, grad=True))  # fmt: skip
+_add("mask/half", "mask added in another precision", "float_mask", shape=Shape(b=2, l=35, s=67),
+     dtypes=("bf16", "fp16"), attn_mask=float_mask("b", "1", "l", "s"))  # fmt: skip
+_add("mask/lowest", "a finite lowest number taken for -inf", "float_mask", attn_mask=lowest, shape=Shape(b=2, s=67))
+
+# Rows without a key
+for name, mask in (("rows", rows_without_keys), ("first-keys", first_keys_hidden)):
+    extra = ("masked_rows",) if name == "rows" else ()
+    cites = "pytorch#131060, pytorch#133882, iree#24175, mlx#2395"
+    _add(f"masked/{name}-bool", cites, "bool_mask", *extra, shape=Shape(l=35, s=131), attn_mask=mask)
+    _add(f"masked/{name}-float", cites, "float_mask", *extra, shape=Shape(l=35, s=131),
+         attn_mask=as_infinities(mask))  # fmt: skip
+    _add(f"masked/{name}-grad", cites, "float_mask", "mask_grad", *extra, shape=Shape(l=35, s=131), forward=None,
+         attn_mask=as_infinities(mask, grad=True))  # fmt: skip
+_add("masked/half", "FA#1778", "bool_mask", "masked_rows", dtypes=("bf16", "fp16"), attn_mask=rows_without_keys)
+
+# Memory
+for layout in ("blhd", "fused", "padded", "expanded", "differing"):
+    _add(f"strides/{layout}", "FA#2665, FlagGems#5896, xFormers test_nans_in_padding, pytorch#191937",
+         shape=Shape(b=2, h=3, hk=3, l=35, s=35), layout=layout)  # fmt: skip
+for layout in ("transposed", "expanded", "columns"):
+    _add(f"strides/grad-{layout}", "FA#355, FA#2611", shape=Shape(b=2, h=3, hk=3, l=35, s=35),
+         grad_layout=layout, forward=None)  # fmt: skip
+_add("strides/cross", "FA#2665", shape=Shape(b=2, h=4, hk=2, l=19, s=41), layout="padded", grad_layout="columns")
+_check("strides/uninitialised", "torch.empty taken for zeros", expected=expect.uninitialised, level="core")
+_check("strides/uninitialised-grad", "torch.empty taken for zeros", expected=expect.uninitialised_gradients,
+       level="train", gradients=True, shape=square(67))  # fmt: skip
+
+# Grouped heads
+for h, hk in ((2, 1), (6, 2), (8, 1), (8, 4)):
+    _add(f"gqa/{h}-{hk}", "pytorch#193893 (silent), NSA-triton#27: h % hk, dK of one head only",
+         shape=Shape(b=2, h=h, hk=hk, l=19, s=35))  # fmt: skip
+_add("gqa/causal", "pytorch#193893", shape=square(65, h=4, hk=2), is_causal=True)
+_add("gqa/half", "dK and dV summed in half precision", shape=square(65, h=8, hk=2), dtypes=("bf16", "fp16"))
+
+# Log-sum-exp
+_add("lse/plain", "FA#1817 (gradient silently zero)", shape=Shape(l=35, s=67), return_lse=True, dtypes=HALF)
+_add("lse/causal", "FA#1817", shape=square(65), return_lse=True, is_causal=True)
+_add("lse/scale", "log to the base 2 handed out", shape=square(35), return_lse=True, scale=2.5)
+_add("lse/masked", "FA PR#978 (+inf), flashinfer#4452 (finite)", "masked_rows", shape=Shape(l=65, s=33),
+     return_lse=True, is_causal=True, causal_align="bottom_right")  # fmt: skip
+_add("lse/gqa", "heads of the log-sum-exp", shape=Shape(h=4, hk=2, l=19, s=35), return_lse=True)
+
+# Windows, soft cap, ALiBi, documents
+for left, right in ((8, 0), (0, 8), (0, 0), (16, 16), (5, -1), (-1, 5), (200, 200), (63, 64)):
+    _add(f"window/{left}.{right}", "zml#763, TE#3391: ends are inclusive", shape=square(97), window=(left, right))
+for align in ("top_left", "bottom_right"):
+    _add(f"window/33x97-{align}", "TE#3391", "masked_rows", shape=Shape(l=33, s=97), window=(6, 3), causal_align=align)
+    _add(f"window/97x33-{align}", "TE#3391", "masked_rows", shape=Shape(l=97, s=33), window=(6, 3), causal_align=align)
+_add("window/causal", "the window opens what causality closes", shape=square(97), window=(20, 20), is_causal=True)
+for cap in (0.5, 5.0, 50.0):
+    _add(f"softcap/{cap:g}", "FA#2466; derivative of tanh forgotten", shape=square(35), softcap=cap)
+_add("softcap/half", "tanh in half precision", shape=square(65), softcap=5.0, dtypes=("bf16",))
+_add("softcap/causal", "-inf through tanh is a number", shape=square(65), softcap=5.0, is_causal=True)
+_add("alibi/heads", "slopes of one head for all", shape=square(65, h=4, hk=4), alibi_slopes=slopes("h"))
+_add("alibi/batch", "slopes of one batch entry for all", shape=square(33, b=3), alibi_slopes=slopes("b", "h"))
+_add("alibi/causal", "distance from the wrong corner", shape=Shape(l=33, s=65), alibi_slopes=slopes("h"), is_causal=True,
+     causal_align="bottom_right")  # fmt: skip
+_add("alibi/softcap", "ALiBi inside the tanh", shape=square(65), alibi_slopes=slopes("h"), softcap=2.0)
+for name, lengths in (("three", (10, 23)), ("single-tokens", (1, 1, 5, 1)), ("tiles", (64, 1, 63)), ("one", (500,))):
+    _add(f"documents/{name}", "FA#2562, tilelang#2461: leaks between segments", shape=square(131, b=2),
+         document_ids=segments(*lengths))  # fmt: skip
+_add("documents/causal", "FA#2562", shape=square(131, h=4, hk=2), document_ids=segments(50, 31), is_causal=True)
+
+# Nothing to attend to
+for name, shape in (("batch", Shape(b=0)), ("queries", Shape(l=0)), ("keys", Shape(s=0))):
+    extra = ("empty", "masked_rows") if name == "keys" else ("empty",)
+    _add(f"empty/{name}", "FA#1537, FA#2562, FA PR#2421", *extra, shape=shape)
+_add("empty/lse", "FA4: -inf", "empty", "masked_rows", shape=Shape(s=0), return_lse=True)
+
+# Double precision
+_add("double/plain", "float64 computed in float32", shape=square(35), dtypes=("fp64",))
+_add("double/causal", "float64 computed in float32", shape=Shape(l=33, s=65), dtypes=("fp64",), is_causal=True)
+
+# Large sizes that a 16-bit or 32-bit index breaks
+_add("large/heads", "xFormers#719, FA PR#1500: a grid axis ends at 65,535", forward="full", backward=None,
+     shape=Shape(8200, 8, 8, 1, 2, 8, 8))  # fmt: skip
+_add("large/keys", "pytorch#187227", forward="full", backward="full", shape=Shape(1, 1, 1, 2, 65_600, 8, 8))
+_add("large/queries", "pytorch#187227", forward="full", backward="full", shape=Shape(1, 1, 1, 65_600, 2, 8, 8))
+
+# Calls that are no plain call
+_check("calls/unchanged", "inputs written to", expected=expect.inputs_unchanged, level="core")
+_check("calls/again", "FA#359: state kept between calls", expected=expect.same_twice, level="core")
+_check("calls/subsets", "pytorch#148476", "float_mask", "mask_grad", expected=expect.gradient_subsets, gradients=True,
+       level="train", attn_mask=float_mask("l", "s", grad=True))  # fmt: skip
+_check("calls/deterministic", "FA#1897, FA PR#2481", "deterministic", expected=expect.deterministic, gradients=True,
+       shape=Shape(b=2, h=4, hk=4, l=130, s=130))  # fmt: skip
+_check("calls/mixed-dtypes", "triton#5895: k read as another type", expected=expect.mixed_dtypes_raise)
+_check("calls/head-counts", "h % hk on heads that do not divide", expected=expect.head_counts_raise)
+_check("calls/second-derivative", "pytorch#116350: silently zero", expected=expect.second_derivative, gradients=True,
+       shape=Shape(1, 1, 1, 5, 7, 4, 4))  # fmt: skip
+_check("calls/checkpoint", "state outside of autograd's sight", expected=expect.under_checkpoint, gradients=True)
+_check("calls/compile", "pytorch#146848, #133671", "compile", expected=expect.under_compile, gradients=True)
+_check("calls/compile-dynamic", "shapes baked in", "compile", expected=expect.under_compile_dynamic)
+_check("calls/autocast", "triton#8654", "autocast", "bf16", expected=expect.under_autocast)
+_check("calls/vmap", "a batch rule that mixes entries", expected=expect.under_vmap)
+_check("calls/jvp", "forward mode silently zero", expected=expect.under_jvp)
+_check("calls/opcheck", "a fake that lies about shapes or strides", expected=expect.opcheck, gradients=True)
+_check("calls/memory", "an (l, s) matrix after all", "linear_memory", expected=expect.linear_memory, gradients=True,
+       shape=Shape(1, 1, 1, 4096, 4096, 32, 32))  # fmt: skip
+
+# Dropout
+_check("dropout/share", "probability off", "dropout", expected=properties.dropout_share, level="train")
+_check("dropout/backward", "pytorch#197563: another mask in the backward pass", "dropout", gradients=True,
+       expected=properties.dropout_backward, level="train", shape=square(67))  # fmt: skip
+_check("dropout/seeds", "FA#2088: a constant seed", "dropout", expected=properties.dropout_seeds, level="train")
+
+# Properties that need no oracle, over drawn shapes
+for name, extra in properties.NEEDS.items():
+    _check(f"property/{name}", "holds of attention, whatever the numbers", *extra, gradients="backward" in extra,
+           expected=getattr(properties, name.replace("-", "_")))  # fmt: skip
