@@ -22,6 +22,11 @@ usage: selfsup COMMAND ...
   look RUN                           attention maps, reconstructions, views, neighbours, projector
   doctor                             check libraries, devices, folders, shards
 
+  attention check TARGET             put an attention kernel through the conformance suite
+  attention bench TARGET [...]       time kernels that pass: forward, backward, memory, roofline
+  attention mutants                  plant bugs in a kernel and see them caught
+  attention explain LENGTH           which kernel `attention: auto` takes, and why
+
   data pack FOLDER DEST              a folder of images into WebDataset shards with an index
   data index SHARDS                  build the index of shards made elsewhere
   data check SHARDS                  verify every shard, checksum and image
@@ -95,11 +100,27 @@ def main() -> int:
                 from selfsup.look.command import main_look
 
                 return _call(main_look, "selfsup look", rest)
+            case ["attention", "check", *rest]:
+                from selfsup.conformance.command import main_check
+
+                return tyro.cli(main_check, prog="selfsup attention check", args=rest)
+            case ["attention", "bench", *rest]:
+                from selfsup.conformance.bench import main_bench
+
+                return tyro.cli(main_bench, prog="selfsup attention bench", args=rest)
+            case ["attention", "mutants", *rest]:
+                from selfsup.conformance.mutants import main_mutants
+
+                return tyro.cli(main_mutants, prog="selfsup attention mutants", args=rest)
+            case ["attention", "explain", *rest]:
+                from selfsup.conformance.command import main_explain
+
+                return _call(main_explain, "selfsup attention explain", rest)
             case ["doctor", *rest]:
                 from selfsup.doctor.command import main_doctor
 
                 return tyro.cli(main_doctor, prog="selfsup doctor", args=rest)
-            case [] | ["-h" | "--help"] | ["data"] | ["data", "-h" | "--help"]:
+            case [] | ["-h" | "--help"] | ["data" | "attention"] | ["data" | "attention", "-h" | "--help"]:
                 print(USAGE)
                 return 0
     except (ValueError, OSError) as error:

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from selfsup.conformance.claims import attention_kernel
+
 BLOCK_M = 16  # query rows in a tile
 BLOCK_N = 16  # keys in a tile
 
@@ -256,6 +258,11 @@ class TritonAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
+@attention_kernel(
+    "fp32", "fp16", "bf16", "fp64", "backward", "cross", "scale", "causal", "top_left", "bottom_right", "gqa",
+    "bool_mask", "masked_rows", "lse", "lse_grad", "empty", "deterministic", "linear_memory",
+    head_dims=range(1, 129),
+)  # fmt: skip
 def triton_attention(
     q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
     *, causal_align="top_left", return_lse=False,

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float
@@ -116,6 +117,7 @@ def _score_mod(rules: Rules, q: Tensor, k: Tensor) -> Callable[..., Tensor] | No
     if bias is not None:
         bias = bias.expand(*q.shape[:3], k.shape[-2])
 
+    @no_type_check  # flex_attention looks at the signature, and a type checker's wrapper has none
     def modify(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
@@ -135,6 +137,7 @@ def _block_mask(rules: Rules, q: Tensor, k: Tensor):
     if left is None and right is None and ids is None and mask is None:
         return None
 
+    @no_type_check
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         keep = i >= 0  # a tensor of the right shape
         if right is not None:

@@ -7,13 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from selfsup.conformance import expectations as expect
 from selfsup.conformance import inputs as draws
 from selfsup.conformance import properties
 from selfsup.conformance.inputs import InputRecipe, Shape
+from selfsup.conformance.masks import (
+    as_infinities,
+    bool_mask,
+    first_keys_hidden,
+    float_mask,
+    last_keys_hidden,
+    lowest,
+    padding,
+    rows_without_keys,
+    segments,
+    slopes,
+)
 
 Level = Literal["core", "train", "full"]
 LEVELS: tuple[Level, ...] = ("core", "train", "full")
@@ -125,85 +134,8 @@ def width(d: int, **sizes: int) -> Shape:
 HALF = ("fp32", "bf16")
 THREE = ("fp32", "bf16", "fp16")
 
-# Masks, drawn anew for each case
-
-
-def bool_mask(*dims: str) -> draws.Option:
-    """Random, 60% allowed, the first key always; dims out of "b", "h", "l", "s", or "1" for a broadcast one."""
-
-    def mask(shape: Shape, generator: torch.Generator) -> Tensor:
-        size = [1 if n == "1" else getattr(shape, n) for n in dims]
-        keep = torch.rand(size, generator=generator) < 0.6
-        keep[..., :1] = True
-        return keep
-
-    return mask
-
-
-def float_mask(*dims: str, grad: bool = False) -> draws.Option:
-    """Standard normal numbers."""
-
-    def mask(shape: Shape, generator: torch.Generator) -> Tensor:
-        size = [1 if n == "1" else getattr(shape, n) for n in dims]
-        return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_(grad)
-
-    return mask
-
-
-def rows_without_keys(shape: Shape, generator: torch.Generator) -> Tensor:
-    """Every third query sees no key."""
-    keep = torch.rand(shape.l, shape.s, generator=generator) < 0.6
-    keep[:, :1] = True
-    keep[::3] = False
-    return keep
-
-
-def first_keys_hidden(shape: Shape, generator: torch.Generator) -> Tensor:
-    """Even queries see only the last keys: the online softmax meets whole tiles without one."""
-    keep = torch.ones(shape.l, shape.s, dtype=torch.bool)
-    keep[::2, : -max(1, shape.s // 5)] = False
-    return keep
-
-
-def as_infinities(mask: draws.Option, grad: bool = False) -> draws.Option:
-    """A bool mask as floats: 0 where allowed, -inf elsewhere."""
-
-    def floats(shape: Shape, generator: torch.Generator) -> Tensor:
-        keep = mask(shape, generator)
-        return torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, -torch.inf).requires_grad_(grad)
-
-    return floats
-
-
-def lowest(shape: Shape, generator: torch.Generator) -> Tensor:
-    """The lowest finite number of fp16 for 40% of the keys: a soft mask, not a hard one."""
-    keep = bool_mask("b", "1", "1", "s")(shape, generator)
-    return torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, -65504.0)
-
-
-def segments(*lengths: int) -> draws.Option:
-    """Documents of these lengths, the last one up to the end; the second batch entry shifted by one token."""
-
-    def ids(shape: Shape, generator: torch.Generator) -> Tensor:
-        ends = torch.tensor(lengths).cumsum(0)
-        places = torch.arange(shape.s) + torch.arange(shape.b)[:, None]
-        return (places[..., None] >= ends).sum(-1)
-
-    return ids
-
-
-def slopes(*dims: str) -> draws.Option:
-    """2^-1, 2^-2, ..., as in the paper for 8 heads; with "b" scaled for each batch entry."""
-
-    def draw(shape: Shape, generator: torch.Generator) -> Tensor:
-        by_head = 2.0 ** -(1 + torch.arange(shape.h) * 8 / max(1, shape.h)).double()
-        return by_head if dims == ("h",) else by_head * torch.linspace(0.5, 1.5, shape.b).double()[:, None]
-
-    return draw
-
-
 # Tails of tiles
-for n in (1, 2, 3, 15, 17, 31, 33, 63, 65, 97, 127, 129, 197):
+for n in (1, 2, 3, 15, 17, 31, 33, 63, 64, 65, 97, 127, 129, 197):
     _add(f"tail/{n}", "FA#443 (NaN dQ), pytorch#153799, pytorch#159247", shape=square(n))
 for n in (33, 65, 129):
     _add(f"tail/{n}", "pytorch#191937", shape=square(n), dtypes=("bf16", "fp16"))
@@ -215,7 +147,8 @@ _add("tail/long", "rounding that grows with the row", shape=Shape(b=1, h=1, hk=1
 
 # Logits far from zero
 for name, draw in (("very-negative", draws.very_negative), ("very-positive", draws.very_positive),
-                   ("rising", draws.rising), ("falling", draws.falling), ("constant", draws.constant)):  # fmt: skip
+                   ("rising", draws.rising), ("falling", draws.falling), ("cliff", draws.cliff),
+                   ("constant", draws.constant)):  # fmt: skip
     cites = "pytorch#196678 (cuDNN NaN dQ), cudnn-frontend#1072" if name == "very-negative" else "pytorch#119320"
     _add(f"logits/{name}", cites, shape=Shape(l=67, s=75), draw=draw, dtypes=HALF)
     _add(f"logits/{name}-tiles", cites, shape=Shape(b=1, l=17, s=192 + 64), draw=draw)
@@ -223,6 +156,9 @@ _add("logits/peaky", "pytorch#125674", shape=square(75), draw=draws.peaky, dtype
 for dtype in ("fp16", "bf16"):
     _check(f"absolute/accumulator-{dtype}", "sums kept in half precision", expected=expect.absolute, level="core",
            dtype=dtype, draw=draws.lost_in_the_sum, shape=Shape(1, 1, 1, 2, 1100, 16, 16))  # fmt: skip
+
+    _check(f"absolute/long-{dtype}", "sums kept in half precision", expected=expect.absolute, level="train",
+           dtype=dtype, draw=draws.lost_in_the_sum, shape=Shape(1, 1, 1, 4, 8192, 16, 16))  # fmt: skip
 
 # Widths
 for d in (1, 8, 16, 40, 59, 64, 72, 80, 96, 111, 128, 160, 192, 256):
@@ -240,7 +176,7 @@ _add("scale/half", "scale ignored in the backward pass", shape=square(65), dtype
 for n in (1, 17, 64, 65, 130):
     _add(f"causal/{n}", "off by one, forward and backward apart", shape=square(n), is_causal=True)
 _add("causal/half", "off by one", shape=square(65), dtypes=("bf16", "fp16"), is_causal=True)
-for rows, keys in ((33, 97), (97, 33), (1, 40), (64, 80)):
+for rows, keys in ((33, 97), (97, 33), (1, 40), (64, 80), (33, 41)):
     for align in ("top_left", "bottom_right"):
         extra = ("masked_rows",) if align == "bottom_right" and rows > keys else ()
         _add(f"causal/{rows}x{keys}-{align}", "FA#951, FA#282, FA#1778, pytorch#110144", *extra,
@@ -271,6 +207,25 @@ for name, mask in (("rows", rows_without_keys), ("first-keys", first_keys_hidden
          attn_mask=as_infinities(mask, grad=True))  # fmt: skip
 _add("masked/half", "FA#1778", "bool_mask", "masked_rows", dtypes=("bf16", "fp16"), attn_mask=rows_without_keys)
 
+_add("masked/padding", "FA#1778: whole rows of padding", "bool_mask", "masked_rows", shape=Shape(b=3, l=35, s=35),
+     attn_mask=padding)  # fmt: skip
+
+# More than one tile of the largest usual size
+_LONG = Shape(1, 1, 1, 300, 410, 16, 16)
+_add("tiles/plain", "sums over tiles", shape=_LONG, dtypes=HALF)
+for name, draw in (("rising", draws.rising), ("falling", draws.falling), ("cliff", draws.cliff)):
+    _add(f"tiles/{name}", "the running maximum and the rescaling", shape=_LONG, draw=draw)
+for align in ("top_left", "bottom_right"):
+    _add(f"tiles/causal-{align}", "tiles skipped that are needed", shape=_LONG, is_causal=True, causal_align=align)
+    for window in ((40, 1), (1, 40), (256, 0), (0, 256), (300, 3)):
+        _add(f"tiles/window-{window[0]}.{window[1]}-{align}", "tiles skipped that are needed", shape=_LONG,
+             window=window, causal_align=align)  # fmt: skip
+_add("tiles/first-keys", "iree#24175: whole tiles without a key", "bool_mask", shape=_LONG, attn_mask=first_keys_hidden)
+_add("tiles/last-keys", "the last tile without a key", "bool_mask", shape=_LONG, attn_mask=last_keys_hidden,
+     return_lse=True)  # fmt: skip
+_add("tiles/mask-grad", "the mask's gradient summed over tiles", "float_mask", "mask_grad", forward=None,
+     shape=_LONG, attn_mask=float_mask("1", "1", "1", "s", grad=True))  # fmt: skip
+
 # Memory
 for layout in ("blhd", "fused", "padded", "expanded", "differing"):
     _add(f"strides/{layout}", "FA#2665, FlagGems#5896, xFormers test_nans_in_padding, pytorch#191937",
@@ -296,6 +251,8 @@ _add("lse/causal", "FA#1817", shape=square(65), return_lse=True, is_causal=True)
 _add("lse/scale", "log to the base 2 handed out", shape=square(35), return_lse=True, scale=2.5)
 _add("lse/masked", "FA PR#978 (+inf), flashinfer#4452 (finite)", "masked_rows", shape=Shape(l=65, s=33),
      return_lse=True, is_causal=True, causal_align="bottom_right")  # fmt: skip
+_add("lse/grad-strides", "a gradient of the log-sum-exp that is not contiguous", forward=None, return_lse=True,
+     shape=Shape(b=2, h=3, hk=3, l=19, s=35), grad_layout="columns")  # fmt: skip
 _add("lse/gqa", "heads of the log-sum-exp", shape=Shape(h=4, hk=2, l=19, s=35), return_lse=True)
 
 # Windows, soft cap, ALiBi, documents
@@ -309,6 +266,8 @@ for cap in (0.5, 5.0, 50.0):
     _add(f"softcap/{cap:g}", "FA#2466; derivative of tanh forgotten", shape=square(35), softcap=cap)
 _add("softcap/half", "tanh in half precision", shape=square(65), softcap=5.0, dtypes=("bf16",))
 _add("softcap/causal", "-inf through tanh is a number", shape=square(65), softcap=5.0, is_causal=True)
+_add("softcap/mask-grad", "derivative of tanh in the mask's gradient", "float_mask", "mask_grad", forward=None,
+     shape=square(35), softcap=2.0, attn_mask=float_mask("l", "s", grad=True))  # fmt: skip
 _add("alibi/heads", "slopes of one head for all", shape=square(65, h=4, hk=4), alibi_slopes=slopes("h"))
 _add("alibi/batch", "slopes of one batch entry for all", shape=square(33, b=3), alibi_slopes=slopes("b", "h"))
 _add("alibi/causal", "distance from the wrong corner", shape=Shape(l=33, s=65), alibi_slopes=slopes("h"), is_causal=True,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ FEATURES = {
     "compile": "torch.compile(fullgraph=True) gives the same numbers",
     "autocast": "under autocast the output has the autocast type",
 }
-NEEDS_CLAIM = {"deterministic", "linear_memory"}
+NEEDS_CLAIM = {"deterministic", "linear_memory", "autocast"}
 """Good to have, not expected of a kernel that does not say so: tried only where claimed."""
 
 
@@ -228,17 +229,8 @@ def _find(name: str) -> Callable[..., Any]:
             f"{name}: expected one of {', '.join(KERNELS)}, module:function, or file.py:function"
         )
     try:
-        if module_name.endswith(".py"):
-            path = Path(module_name)
-            if not path.is_file():
-                raise ValueError(f"{path}: no such file")
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module  # Triton looks the source up by the module's name
-            sys.path.insert(0, str(path.parent.resolve()))
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(module_name)
+        is_file = module_name.endswith(".py")
+        module = load_file(Path(module_name)) if is_file else importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"{module_name}: cannot be imported: {error}") from error
     found: Any = module
@@ -249,6 +241,19 @@ def _find(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{name}: expected a function, got {type(found).__name__}")
     return found
+
+
+def load_file(path: Path) -> ModuleType:
+    """Runs a Python file as a module; its folder can be imported from. Raises ValueError where there is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # Triton looks the source up by the module's name
+    spec.loader.exec_module(module)
+    return module
 
 
 def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:

@@ -153,13 +153,15 @@ def second_derivative(kernel: Kernel, recipe: InputRecipe, seed: int, device: st
     out = kernel(*leaves, {})
     try:
         grads = torch.autograd.grad(out, leaves, inputs.grad_out, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        loss = sum(g.square().sum() for g in grads) + (out * inputs.grad_out).sum()  # a part needs no second
+        second = torch.autograd.grad(loss, leaves)
     except RuntimeError as error:
         raise NotApplicable(f"refused, as it may: {str(error)[:80]}") from error
     doubles = [x.detach().double().requires_grad_() for x in inputs[:3]]
     right = (doubles[0] @ doubles[1].mT * doubles[0].shape[-1] ** -0.5).softmax(-1) @ doubles[2]
     grads = torch.autograd.grad(right, doubles, inputs.grad_out.double(), create_graph=True)
-    expected = torch.autograd.grad(sum(g.square().sum() for g in grads), doubles)
+    loss = sum(g.square().sum() for g in grads) + (right * inputs.grad_out.double()).sum()
+    expected = torch.autograd.grad(loss, doubles)
     eps, findings = torch.finfo(inputs.q.dtype).eps, []
     for name, x, r in zip(("d2q", "d2k", "d2v"), second, expected):
         wrong = float((x.double() - r).abs().max()) > 1000 * eps * float(r.abs().max())

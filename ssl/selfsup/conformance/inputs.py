@@ -71,6 +71,8 @@ class InputRecipe:
         if options.get("return_lse"):
             grad_lse = torch.randn(shape.b, shape.h, shape.l, generator=generator, dtype=torch.float64)
             grad_lse = grad_lse.to(torch.promote_types(dtype, torch.float32)).to(device)
+            if self.grad_layout != "contiguous":
+                grad_lse = grad_lse.mT.contiguous().mT
         return Inputs(q, k, v, options, grad_out, grad_lse)
 
     def at(self, shape: Shape) -> "InputRecipe":
@@ -120,6 +122,13 @@ def falling(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     return _along_ones(shape, generator, torch.linspace(20, -20, max(shape.s, 1), dtype=torch.float64)[: shape.s])
 
 
+def cliff(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of 100 for the first third of the keys, -100 behind: what follows must not lift the first out."""
+    logits = torch.full((shape.s,), -100.0, dtype=torch.float64)
+    logits[: (shape.s + 2) // 3] = 100.0
+    return _along_ones(shape, generator, logits)
+
+
 def peaky(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of standard deviation 8: nearly one-hot weights."""
     q, k, v = normal(shape, generator)
@@ -138,7 +147,7 @@ def lost_in_the_sum(shape: Shape, generator: torch.Generator) -> tuple[Tensor, T
     The columns differ in how small, so that for every size of tile there is one whose tile sum is lost.
     """
     q, k, v = constant(shape, generator)
-    small = 2.0 ** -torch.linspace(0, 6, shape.dv, dtype=torch.float64)
+    small = 2.0 ** -torch.linspace(0, 12, shape.dv, dtype=torch.float64)
     v = small.expand(v.shape).clone()
     v[:, :, :1] = 512.0
     return q, k, v

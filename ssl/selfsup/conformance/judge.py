@@ -94,13 +94,15 @@ def compare(
     usual = usual.amax(-1, keepdim=True)
     usual = usual.maximum(usual.flatten().median())
     eps = torch.finfo(dtype if name != "lse" else p.dtype if dtype == torch.float64 else torch.float32).eps
-    limit = 2 * usual + 4 * eps * (r.abs().amax(-1, keepdim=True) + r.abs().mean())
+    noise = r.abs().mean()
+    limit = 2 * usual + 4 * eps * (r.abs().amax(-1, keepdim=True) + noise)
     if name in right.terms:
         limit = limit + 2 * eps * right.terms[name].amax(-1, keepdim=True)
+        noise = noise + right.terms[name].mean()
     if name in right.by_logits:
         wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         limit = limit + 2 * wide * right.by_logits[name].amax(-1, keepdim=True)
-    score = float(error.max() / max(float(usual.max()), eps * float(r.abs().mean()), 1e-300))
+    score = float(error.max()) / max(float(usual.max()), eps * float(noise), 1e-300)
     over = error - limit
     if not (over > 0).any():
         return Finding(name, None, score)

@@ -1,0 +1,204 @@
+"""One case on one kernel: the verdict, and for a wrong answer the smallest call that is still wrong."""
+
+import time
+import warnings
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from selfsup.conformance.cases import Case, Level, cases
+from selfsup.conformance.claims import FEATURES, NEEDS_CLAIM, Claims, Kernel, KernelRaised, Target
+from selfsup.conformance.expectations import NotApplicable
+from selfsup.conformance.inputs import InputRecipe, Shape
+from selfsup.conformance.judge import compare
+from selfsup.conformance.oracle import truth
+
+Verdict = Literal["PASS", "FAIL", "REFUSED", "WRONG-SILENT", "CRASH", "TIMEOUT"]
+BAD: tuple[Verdict, ...] = ("FAIL", "WRONG-SILENT", "CRASH", "TIMEOUT")
+
+INTERPRETED_COST = 24_000
+"""Scores from which a case is left out under Triton's interpreter, which takes 10 to 25 ms a tile."""
+SHRINKING_SECONDS = 10.0
+
+
+class Result(NamedTuple):
+    """What came of a case."""
+
+    id: str
+    verdict: Verdict
+    detail: str = ""
+    error_ratio: float | None = None
+    """Largest error over that of a plain run in the same precision."""
+    reproducer: str | None = None
+    cites: str = ""
+    seconds: float = 0.0
+
+
+def prepare(target: Target, device: str) -> tuple[Kernel, str]:
+    """Loads a kernel and finds the dtype for the cases that are about none: fp32 where it takes it.
+
+    Of a kernel that declares nothing, what it accepts is what it claims, and where l != s its is_causal is
+    tried. Raises ValueError where it cannot be found, or refuses a plain call in fp32, fp16 and bf16.
+    """
+    kernel, errors = target.load(), []
+    declared = kernel.claims
+    if declared is None:
+        kernel = replace(kernel, claims=Claims(frozenset(FEATURES) - NEEDS_CLAIM, declared=False))
+    for dtype in ("fp32", "fp16", "bf16"):
+        if declared is not None and dtype not in declared.features:
+            continue
+        widths = [d for d in (64, 32, 16, 128, 8) if kernel.claims.cover((), d, d)]
+        try:
+            kernel.answer(InputRecipe(Shape(l=64, s=64, d=widths[0], dv=widths[0]), dtype)(0, device), gradients=False)
+        except KernelRaised as error:
+            errors.append(f"{dtype}: {error}")
+            continue
+        return (kernel if declared is not None else _aligned(kernel, dtype, widths[0], device)), dtype
+    reasons = "; ".join(errors) or f"it claims none of fp32, fp16, bf16, but {sorted(declared.features)}"
+    raise ValueError(f"{target.name}: a plain call on {device} raises: {reasons}")
+
+
+def _aligned(kernel: Kernel, dtype: str, d: int, device: str) -> Kernel:
+    """The kernel with the alignment of its is_causal, tried on 5 queries and 9 keys."""
+    recipe = InputRecipe(Shape(l=5, s=9, d=d, dv=d), dtype, options={"is_causal": True})
+    inputs = recipe(0, device)
+    try:
+        out = kernel.answer(inputs, gradients=False).out
+    except KernelRaised:
+        return kernel
+    right = truth(inputs._replace(options={"is_causal": True, "causal_align": "bottom_right"}), gradients=False)
+    fits = compare("out", out, right.out, right.out, inputs.q.dtype, right).fault is None
+    return replace(kernel, causal_align="bottom_right") if fits else kernel
+
+
+def select(kernel: Kernel, level: Level, base: str, interpret: bool) -> tuple[list[Case], int]:
+    """The cases to run, those without a dtype of their own in `base`; and how many are left out as too
+    large for the interpreter. What is tried only where claimed, and is not, is no case."""
+    chosen, seen = [], set()
+    for case in cases(level):
+        if case.requires & NEEDS_CLAIM and not case.requires & NEEDS_CLAIM <= kernel.claims.features:
+            continue
+        if base != "fp32" and case.make_inputs.dtype == "fp32":
+            recipe = replace(case.make_inputs, dtype=base)
+            needs = case.requires - {"fp32"} | {base}
+            case = replace(case, id=case.id.replace("fp32", base), make_inputs=recipe, requires=needs)
+        if case.id not in seen:
+            seen.add(case.id)
+            chosen.append(case)
+    kept = [c for c in chosen if not interpret or c.cost <= INTERPRETED_COST]
+    return kept, len(chosen) - len(kept)
+
+
+def run_case(kernel: Kernel, case: Case, seed: int, device: str, shrinking: bool = True) -> Result:
+    """Runs one case. Whatever the kernel raises is a verdict; what the suite itself raises, it raises."""
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = _verdict(kernel, case, seed, device)
+        if shrinking and result.verdict in ("FAIL", "WRONG-SILENT"):
+            shape, result = shrink(kernel, case, seed, device, result)
+            result = result._replace(reproducer=_reproducer(kernel, case, shape, seed, device))
+    return result._replace(seconds=time.perf_counter() - began)
+
+
+def _verdict(kernel: Kernel, case: Case, seed: int, device: str) -> Result:
+    claims, shape = kernel.claims, case.make_inputs.shape
+    claimed = claims.cover(case.requires, shape.d, shape.dv)
+
+    def result(verdict: Verdict, detail: str = "", ratio: float | None = None) -> Result:
+        return Result(case.id, verdict, detail, ratio, cites=case.cites)
+
+    try:
+        findings = case.expected(kernel, case.make_inputs, seed, device)
+    except NotApplicable as reason:
+        return result("REFUSED", str(reason))
+    except KernelRaised as error:
+        if "CUDA error" in str(error):  # the device is lost to this process
+            return result("CRASH", str(error))
+        return result("FAIL" if claims.declared and claimed else "REFUSED", str(error))
+    ratio = max((f.score for f in findings), default=0.0)
+    bad = [f for f in findings if f.fault]
+    if not bad:
+        return result("PASS", ratio=ratio)
+    detail = "; ".join(f"{f.tensor}: {f.fault}" for f in bad)
+    if claimed:
+        return result("FAIL", detail, ratio)
+    if not any(f.silent for f in bad):
+        return result("REFUSED", f"not claimed, and not silent: {detail}", ratio)
+    return result("WRONG-SILENT", f"not claimed, yet: {detail}", ratio)
+
+
+def shrink(kernel: Kernel, case: Case, seed: int, device: str, result: Result) -> tuple[Shape, Result]:
+    """The smallest shape that still gives the verdict, by halves and single steps, within 10 seconds."""
+    shape, deadline = case.make_inputs.shape, time.perf_counter() + SHRINKING_SECONDS
+    found = True
+    while found:
+        found = False
+        for smaller in _smaller(shape):
+            if time.perf_counter() > deadline:
+                return shape, result
+            attempt = replace(case, make_inputs=case.make_inputs.at(smaller))
+            try:
+                other = _verdict(kernel, attempt, seed, device)
+            except (ValueError, IndexError, RuntimeError):  # the case cannot be made so small
+                continue
+            if other.verdict == result.verdict:
+                shape, result, found = smaller, other, True
+                break
+    return shape, result
+
+
+def _smaller(shape: Shape) -> list[Shape]:
+    """Shapes a step below, the boldest first; l and s together where they are equal, then apart."""
+    found = []
+
+    def add(**sizes: int) -> None:
+        smaller = shape._replace(**sizes)
+        if smaller != shape and min(smaller) >= min(1, *shape):
+            found.append(smaller)
+
+    add(b=1)
+    add(h=max(1, shape.h // max(1, shape.hk)), hk=1)
+    for step in (lambda n: 1, lambda n: n // 2, lambda n: n - 1):
+        if shape.l == shape.s:
+            add(l=max(1, step(shape.l)), s=max(1, step(shape.s)))
+        add(l=max(1, step(shape.l)))
+        add(s=max(1, step(shape.s)))
+        if shape.d == shape.dv:
+            add(d=max(1, step(shape.d)), dv=max(1, step(shape.d)))
+        else:
+            add(d=max(1, step(shape.d)))
+            add(dv=max(1, step(shape.dv)))
+    return found
+
+
+def _reproducer(kernel: Kernel, case: Case, shape: Shape, seed: int, device: str) -> str:
+    options = "" if device == "cpu" else f", device={device!r}"
+    if kernel.layout != "BHLD":
+        options += f", layout={kernel.layout!r}"
+    if kernel.claims.declared and kernel.name and not hasattr(kernel.call, "attention_claims"):
+        options += f", features={sorted(kernel.claims.features)!r}" if len(kernel.claims.features) < 8 else ""
+    return (
+        "from selfsup.conformance.run import reproduce\n"
+        f"shape = {tuple(shape)}  # b, h, hk, l, s, d, dv\n"
+        f"print(reproduce({kernel.name!r}, {case.id!r}, shape, seed={seed}{options}))"
+    )
+
+
+def reproduce(
+    target: str,
+    case_id: str,
+    shape: tuple[int, ...],
+    seed: int = 0,
+    device: str = "cpu",
+    layout: Any = None,
+    features: list[str] | None = None,
+) -> Result:
+    """One case at one shape, as a failure's reproducer calls it. Raises ValueError for an unknown case."""
+    kernel, base = prepare(Target(target, layout, None if features is None else tuple(features)), device)
+    for case in select(kernel, "full", base, interpret=False)[0]:
+        if case.id == case_id:
+            torch.manual_seed(seed)
+            return _verdict(kernel, replace(case, make_inputs=case.make_inputs.at(Shape(*shape))), seed, device)
+    raise ValueError(f"case: expected one of the suite's, got {case_id!r}")

@@ -1,0 +1,130 @@
+"""Bugs planted in the tiled kernel and its rules, after those that real kernels had (docs/attention.md).
+
+(name, a fragment that occurs once, its replacement, patterns of the cases meant to catch it[, why it is none])
+"""
+
+KERNEL = "tiled_attention"
+SOURCES = ["../attention/tiled.py", "../attention/rules.py"]
+
+_SOFTMAX = [
+    ("max starts at zero", "top = q.new_full((b, heads, rows.stop - rows.start, 1), -torch.inf, dtype=wide)",
+     "top = q.new_full((b, heads, rows.stop - rows.start, 1), 0.0, dtype=wide)", ("logits/very-negative*",)),
+    ("no maximum", "new_top = torch.maximum(top, scores.amax(dim=-1, keepdim=True))",
+     "new_top = torch.zeros_like(top)", ("logits/very-positive*", "logits/very-negative*")),
+    ("maximum of this tile only", "new_top = torch.maximum(top, scores.amax(dim=-1, keepdim=True))",
+     "new_top = scores.amax(dim=-1, keepdim=True)", ("tiles/cliff*", "tiles/last-keys*")),
+    ("sum not rescaled", "total = total * rescale + ", "total = total + ", ("tiles/rising*",)),
+    ("accumulator not rescaled", "acc = acc * rescale + ", "acc = acc + ", ("tiles/rising*",)),
+    ("no guard for rows without a key so far", "shift = new_top.masked_fill(new_top == -torch.inf, 0.0)",
+     "shift = new_top", ("masked/*", "tiles/first-keys*")),
+    ("rows without a key divide by zero", "(acc / total.masked_fill(total == 0, 1.0))", "(acc / total)",
+     ("masked/rows*",)),
+    ("log-sum-exp to the base 2", "(top + total.log())", "(top + total.log2())", ("lse/*",)),
+    ("log-sum-exp without the maximum", "(top + total.log())", "total.log()", ("lse/*",)),
+    ("finite log-sum-exp of a row without a key", "(top + total.log())",
+     "(top + total.log()).clamp(min=-1e30)", ("lse/masked*",)),
+    ("accumulator in half precision",
+     "acc = acc * rescale + _per_group(weights.to(v.dtype), v[:, :, cols])",
+     "acc = (acc * rescale + _per_group(weights.to(v.dtype), v[:, :, cols])).to(v.dtype).to(wide)",
+     ("absolute/long*",)),
+    ("weights rounded to bf16", "_per_group(weights.to(v.dtype), v[:, :, cols])\n            top",
+     "_per_group(weights.to(torch.bfloat16).to(v.dtype), v[:, :, cols])\n            top", ("tail/*-fp32",)),
+]  # fmt: skip
+
+_TILES = [
+    ("forward drops the last key", "for cols in _tiles(keys, side):", "for cols in _tiles(keys - 1, side):", ("tail/*",)),
+    ("forward drops the last query", "for rows in _tiles(length, side):", "for rows in _tiles(length - 1, side):",
+     ("tail/*", "strides/uninitialised*")),
+    ("backward drops the last key", "for cols in _tiles(k.shape[-2], side):", "for cols in _tiles(k.shape[-2] - 1, side):",
+     ("tail/*-grad",)),
+    ("backward drops the last query", "for rows in _tiles(q.shape[-2], side):", "for rows in _tiles(q.shape[-2] - 1, side):",
+     ("tail/*-grad",)),
+    ("a short last tile is left out", "for start in range(0, length, side)]",
+     "for start in range(0, max(length - side + 1, min(length, 1)), side)]", ("tiles/*",)),
+    ("dq of the last tile only", "dq[:, :, rows] +=", "dq[:, :, rows] =", ("tiles/*-grad",)),
+    ("dk of the last tile only", "dk[:, :, cols] +=", "dk[:, :, cols] =", ("tiles/*-grad",)),
+    ("dv of the last tile only", "dv[:, :, cols] +=", "dv[:, :, cols] =", ("tiles/*-grad",)),
+    ("delta of the first tile", "delta[:, :, rows, None]", "delta[:, :, : rows.stop - rows.start, None]",
+     ("tiles/*-grad",)),
+    ("log-sum-exp of the first tile", "finite_lse[:, :, rows, None]",
+     "finite_lse[:, :, : rows.stop - rows.start, None]", ("tiles/*-grad",)),
+    ("gradient of the mask from the last tile", "tile += dscores", "tile[...] = dscores", ("tiles/mask-grad*",)),
+    ("tiles skipped one key early", "cols.start > last + self.right", "cols.start >= last + self.right",
+     ("tiles/window*",)),
+    ("tiles skipped one key late", "cols.stop - 1 < first - self.left", "cols.stop - 1 <= first - self.left",
+     ("tiles/window*",)),
+    ("tiles skipped without the offset", "first, last = rows.start + self.offset, rows.stop - 1 + self.offset",
+     "first, last = rows.start, rows.stop - 1", ("tiles/*bottom_right*",)),
+]  # fmt: skip
+
+_BACKWARD = [
+    ("scale ignored in the scores", "q[:, :, rows] * scale", "q[:, :, rows] * q.shape[-1] ** -0.5", ("scale/*",)),
+    ("scale ignored in the backward pass", "(dscores * scale).to(q.dtype)",
+     "(dscores * q.shape[-1] ** -0.5).to(q.dtype)", ("scale/*-grad",)),
+    ("default scale from a padded width", "q.shape[-1] ** -0.5 if scale is None",
+     "(-(-q.shape[-1] // 8) * 8) ** -0.5 if scale is None", ("width/59*", "width/111*", "width/1-*")),
+    ("scale of zero taken for none", "if scale is None else scale", "if not scale else scale", ("scale/0-*",)),
+    ("delta forgotten", "weights * (dweights - delta[:, :, rows, None])", "weights * dweights", ("tail/*-grad",)),
+    ("delta without the output", "(grad_out.to(wide) * out).sum(dim=-1)", "grad_out.to(wide).sum(dim=-1)",
+     ("tail/*-grad",)),
+    ("gradient of the log-sum-exp dropped", ".sum(dim=-1) - grad_lse", ".sum(dim=-1)", ("lse/*-grad",)),
+    ("gradient of the log-sum-exp with the wrong sign", ".sum(dim=-1) - grad_lse", ".sum(dim=-1) + grad_lse",
+     ("lse/*-grad",)),
+    ("no guard in the backward pass", "finite_lse = lse.masked_fill(lse == -torch.inf, 0.0)", "finite_lse = lse",
+     ("masked/rows*-grad",)),
+    ("dq zero", "return dq.to(q.dtype)", "return torch.zeros_like(q)", ("tail/*-grad",)),
+    ("dq negated", "return dq.to(q.dtype)", "return -dq.to(q.dtype)", ("tail/*-grad",)),
+    ("dq doubled", "return dq.to(q.dtype)", "return 2 * dq.to(q.dtype)", ("tail/*-grad",)),
+    ("mean of v", "out[:, :, rows] = (acc / total.masked_fill(total == 0, 1.0)).to(q.dtype)",
+     "out[:, :, rows] = v.mean(2, keepdim=True).repeat_interleave(heads // v.shape[1], dim=1)", ("tail/*",)),
+    ("sums in the dtype of the inputs", "torch.promote_types(x.dtype, torch.float32)", "x.dtype",
+     ("lse/*-bf16", "tail/*-bf16*", "absolute/*")),
+    ("float64 computed in float32", "torch.promote_types(x.dtype, torch.float32)", "torch.float32", ("double/*",)),
+]  # fmt: skip
+
+_OPTIONS = [
+    ("query head h takes key head h % hk", "product = x.reshape(b, y.shape[1], heads // y.shape[1] * m, n) @ y",
+     "product = x @ y.repeat(1, heads // y.shape[1], 1, 1)", ("gqa/*",)),
+    ("dk from one head of the group", "for t in (x, y))  # (b, hk, heads * m, .)",
+     "for t in (x, y)); x = x[:, :, -rows * groups // max(1, groups) :] * (torch.arange(rows) >= rows // 2)[:, None]",
+     ("gqa/*-grad",)),
+    ("mask ignored", "if allowed is not None:", "if False:", ("mask/bool*", "causal/*")),
+    ("a finite number for -inf", "scores.masked_fill(~allowed, -torch.inf)", "scores.masked_fill(~allowed, -1e9)",
+     ("masked/rows*", "lse/masked*")),
+    ("float mask ignored", "mask = cut(self.attn_mask, rows, cols)\n            bias =",
+     "mask = 0 * cut(self.attn_mask, rows, cols)\n            bias =", ("mask/float*",)),
+    ("the mask of the first batch entry for all", "attn_mask=flat(rules.attn_mask, 3),",
+     "attn_mask=flat(rules.attn_mask if rules.attn_mask is None or rules.attn_mask.dim() < 4 else "
+     "rules.attn_mask[:1].expand_as(rules.attn_mask), 3),", ("mask/*b*",)),
+    ("the documents of the first batch entry for all", "document_ids=flat(rules.document_ids, 1),",
+     "document_ids=flat(rules.document_ids if rules.document_ids is None else "
+     "rules.document_ids[:1].expand_as(rules.document_ids), 1),", ("documents/*",)),
+    ("the slopes of the first batch entry for all", "alibi_slopes=flat(rules.alibi_slopes, 1),",
+     "alibi_slopes=flat(rules.alibi_slopes if rules.alibi_slopes is None or rules.alibi_slopes.dim() < 2 else "
+     "rules.alibi_slopes[:1].expand_as(rules.alibi_slopes), 1),", ("alibi/batch*",)),
+    ("documents leak", "parts.append(ids[..., rows, None] == ids[..., None, cols])",
+     "parts.append(ids[..., rows, None] >= ids[..., None, cols])", ("documents/*", "property/leaking*")),
+    ("right end of the window off by one", "parts.append(ahead <= self.right)", "parts.append(ahead < self.right)",
+     ("causal/*", "window/*")),
+    ("left end of the window off by one", "parts.append(ahead >= -self.left)", "parts.append(ahead > -self.left)",
+     ("window/*",)),
+    ("alignment swapped", "keys - length if causal_align == \"bottom_right\" else 0",
+     "keys - length if causal_align == \"top_left\" else 0", ("causal/*x*",)),
+    ("the window opens what causality closes", "0 if is_causal else right", "right if right is not None else 0 if is_causal "
+     "else None", ("window/causal*",)),
+    ("distance from the wrong corner", "distance = (self.positions(rows, device)[:, None]",
+     "distance = (_range(rows, device)[:, None]", ("alibi/causal*",)),
+    ("distance with its sign", "- _range(cols, device)).abs()", "- _range(cols, device))", ("alibi/*",)),
+    ("slopes added", "bias = -self.alibi_slopes", "bias = self.alibi_slopes", ("alibi/*",)),
+    ("ALiBi inside the tanh", "tanh = torch.tanh(scores / rules.softcap)",
+     "tanh = torch.tanh((scores if rules.alibi_slopes is None else scores + rules.bias(rows, cols, q.device)) / rules.softcap)",
+     ("alibi/softcap*",)),
+    ("derivative of the tanh forgotten", "dscores *= 1 - tanh.square()", "dscores *= 1", ("softcap/*-grad",)),
+    ("tanh not scaled back", "scores = rules.softcap * tanh", "scores = tanh", ("softcap/*",)),
+    ("gradient of the mask after the tanh", "tile += dscores", "dscores *= 1 if tanh is None else 1 - tanh.square(); tile += dscores",
+     ("softcap/mask-grad*",)),
+    ("autocast unheeded", "else x.to(dtype) for x in", "else x for x in", ("calls/autocast",)),
+    ("forward mode silently zero", "if not torch.compiler.is_compiling() and any(", "if False and any(", ("calls/jvp",)),
+]  # fmt: skip
+
+MUTANTS = [*_SOFTMAX, *_TILES, *_BACKWARD, *_OPTIONS]

@@ -1,0 +1,125 @@
+"""Kernels for tests of the suite: right ones, wrong ones, and some that end their process."""
+
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+
+from selfsup.conformance.claims import attention_kernel
+
+
+def plain(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Undeclared, with SDPA's arguments, and right."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def only_square(q, k, v):
+    """Undeclared, takes nothing but q, k, v, and lengths that are multiples of 16."""
+    if q.shape[-2] % 16 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError("lengths must be multiples of 16")
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def half_only(q, k, v, is_causal=False):
+    """As kernels for GPUs are: fp16 and bf16."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError("fp16 or bf16")
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def bottom_right(q, k, v, is_causal=False):
+    """is_causal at the bottom right by nature, as in flash-attention."""
+    mask = None
+    if is_causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(k.shape[-2] - q.shape[-2])
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+@attention_kernel("fp32", "cross")
+def ignores_what_it_does_not_know(q, k, v, **options):
+    """Declares little, takes everything, and answers whatever it is asked."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@attention_kernel("fp32", "backward", "cross", "value_dim", head_dims=range(8, 65, 8))
+def declared(q, k, v):
+    """Declares what it is."""
+    if q.shape[-1] % 8 or q.shape[-1] > 64 or v.shape[-1] % 8 or v.shape[-1] > 64:
+        raise ValueError("head dims 8, 16, ... 64")
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@attention_kernel("fp32", "backward", "cross")
+def claims_too_much(q, k, v):
+    """Claims other numbers of keys, and refuses them."""
+    if q.shape[-2] != k.shape[-2]:
+        raise ValueError("as many keys as queries")
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def mean_of_v(q, k, v):
+    """No attention at all."""
+    return v.mean(2, keepdim=True).expand(*q.shape[:-1], v.shape[-1]) + 0 * q[..., :1]
+
+
+def wrong_tail(q, k, v):
+    """Right but for the last key where there are 33 or more."""
+    if k.shape[-2] > 32:
+        k, v = k[:, :, :-1], v[:, :, :-1]
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class _Gradient(torch.autograd.Function):
+    """Right forward, and a gradient of q times `factor`."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, factor):
+        ctx.save_for_backward(q, k, v)
+        ctx.factor = factor
+        return F.scaled_dot_product_attention(q, k, v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            dq, dk, dv = torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad)
+        return dq * ctx.factor, dk, dv, None
+
+
+def zero_dq(q, k, v):
+    return _Gradient.apply(q, k, v, 0.0)
+
+
+def negated_dq(q, k, v):
+    return _Gradient.apply(q, k, v, -1.0)
+
+
+def doubled_dq(q, k, v):
+    return _Gradient.apply(q, k, v, 2.0)
+
+
+def aborts(q, k, v):
+    """Dies on 65 keys."""
+    if k.shape[-2] == 65:
+        os.abort()
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def hangs(q, k, v):
+    """Never comes back on 65 keys."""
+    if k.shape[-2] == 65:
+        time.sleep(3600)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def always_raises(q, k, v):
+    raise RuntimeError("no kernel image is available")
+
+
+def writes_to_q(q, k, v):
+    q.detach().mul_(1.0000001)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+not_a_function = 3
