@@ -100,15 +100,15 @@ def doubled_dq(q, k, v):
 
 
 def aborts(q, k, v):
-    """Dies on 65 keys."""
-    if k.shape[-2] == 65:
+    """Dies in one case."""
+    if (q.shape[-2], k.shape[-2]) == (1, 197):
         os.abort()
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def hangs(q, k, v):
-    """Never comes back on 65 keys."""
-    if k.shape[-2] == 65:
+    """Never comes back in one case."""
+    if (q.shape[-2], k.shape[-2]) == (1, 197):
         time.sleep(3600)
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -7,7 +7,6 @@ from typing import no_type_check
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from selfsup.attention.rules import CausalAlign, DocumentIds, Mask, Rules, read_rules, refuse
 
@@ -86,6 +85,8 @@ def flex_attention_adapter(
     rules = read_rules(
         q, k, v, attn_mask, is_causal, causal_align, window, softcap, alibi_slopes, document_ids, enable_gqa
     )
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # 0.6 s: here, not for all
+
     short = q.shape[-2] * k.shape[-2] < WORTH_COMPILING
     call = flex_attention if (on_cpu and short) or torch.compiler.is_compiling() else _compiled_flex()
     out = call(
@@ -100,6 +101,8 @@ def flex_attention_adapter(
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 
@@ -147,6 +150,8 @@ def _block_mask(rules: Rules, q: Tensor, k: Tensor):
         if ids is not None:
             keep = keep & (ids[b, i] == ids[b, j])
         return keep if mask is None else keep & mask[b, h, i, j]
+
+    from torch.nn.attention.flex_attention import create_block_mask
 
     b, h = (q.shape[0], q.shape[1]) if mask is not None else (q.shape[0] if ids is not None else None, None)
     return create_block_mask(allowed, b, h, q.shape[-2], k.shape[-2], device=q.device)

@@ -212,7 +212,9 @@ def tile_side(batch_heads: int) -> int:
 
 
 def _tiles(length: int, side: int) -> list[slice]:
-    return [slice(start, min(start + side, length)) for start in range(0, length, side)]
+    """Tiles of at most `side`, of one size but for the last: 257 are 129 and 128, not 256 and 1."""
+    step = -(-length // -(-length // side)) if length else side
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 @_forward.register_fake

@@ -217,9 +217,12 @@ for name, draw in (("rising", draws.rising), ("falling", draws.falling), ("cliff
     _add(f"tiles/{name}", "the running maximum and the rescaling", shape=_LONG, draw=draw)
 for align in ("top_left", "bottom_right"):
     _add(f"tiles/causal-{align}", "tiles skipped that are needed", shape=_LONG, is_causal=True, causal_align=align)
-    for window in ((40, 1), (1, 40), (256, 0), (0, 256), (300, 3)):
+    for window in ((40, 1), (256, 0), (0, 256), (300, 3)):
         _add(f"tiles/window-{window[0]}.{window[1]}-{align}", "tiles skipped that are needed", shape=_LONG,
              window=window, causal_align=align)  # fmt: skip
+for window in ((40, 1), (1, 40)):  # with as many keys as queries the ends fall on the borders of tiles
+    _add(f"tiles/window-{window[0]}.{window[1]}", "tiles skipped that are needed", shape=Shape(1, 1, 1, 300, 300, 16, 16),
+         window=window)  # fmt: skip
 _add("tiles/first-keys", "iree#24175: whole tiles without a key", "bool_mask", shape=_LONG, attn_mask=first_keys_hidden)
 _add("tiles/last-keys", "the last tile without a key", "bool_mask", shape=_LONG, attn_mask=last_keys_hidden,
      return_lse=True)  # fmt: skip

@@ -1,6 +1,7 @@
 """`selfsup attention check | explain | mutants`; the benchmark is in bench.py."""
 
 import json
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,7 @@ def main_check(
     device: str = "cpu",
     seed: int = 0,
     interpret: bool = False,
-    jobs: int = 1,
+    jobs: int | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> int:
     """Puts an attention kernel through the conformance suite.
@@ -47,7 +48,7 @@ def main_check(
         device: cpu or cuda.
         seed: of the drawn inputs.
         interpret: run Triton kernels under its interpreter, on a CPU; bf16 is mended there.
-        jobs: processes side by side.
+        jobs: processes side by side; unless said one a core, up to four, on a CPU, and one on CUDA.
         json_file: write the report there.
     """
     console = Console()
@@ -59,6 +60,8 @@ def main_check(
     read_features(claimed or ())
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees none; see selfsup doctor")
+    if jobs is None:
+        jobs = min(4, os.cpu_count() or 1) if device == "cpu" else 1
     report = check(Target(target, layout, claimed), level, device, seed, interpret, jobs)
     show(report, console)
     if json_file is not None:

@@ -106,11 +106,11 @@ def run_mutants(sources: Sources, seeds: int, interpret: bool, console: Console)
 
 
 def _outcome(kernel: Kernel, mutant: Mutant, cases: list[Case]) -> Outcome:
-    """The first case that fails: those meant for it first, then all the others."""
+    """The first case that fails: those meant for it first, then all others up to the level train."""
     meant = [c for c in cases if any(fnmatch.fnmatch(c.id, p) for p in mutant.meant)]
     if not meant and not mutant.equivalent:
         raise ValueError(f"mutant {mutant.name}: no case matches {', '.join(mutant.meant)}")
-    others = [c for c in cases if c not in meant and c.group != "calls"]
+    others = [c for c in cases if c not in meant and c.level != "full"]
     for case in [*meant, *others]:
         result = run_case(kernel, case, 0, "cpu", shrinking=False)
         if result.verdict not in ("PASS", "REFUSED"):

@@ -28,13 +28,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.args = [*(config.args if named else []), str(CASES)]
 
 
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """The file with the cases is collected by its path, whatever python_files says."""
-    if file_path == CASES and parent.config.getoption("--attention-kernel") is not None:
-        return pytest.Module.from_parent(parent, path=file_path)
-    return None
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "attention_case" not in metafunc.fixturenames:
         return
