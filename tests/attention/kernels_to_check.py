@@ -28,6 +28,18 @@ def half_only(q, k, v, is_causal=False):
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
 
+def of_width_64(q, k, v, is_causal=False):
+    """As kernels for GPUs are: one head dim. And its backward pass is wrong."""
+    if q.shape[-1] != 64 or v.shape[-1] != 64 or q.shape[-2] != k.shape[-2]:
+        raise ValueError("head dim 64 only")
+    return _Gradient.apply(q, k, v, 2.0) if not is_causal else F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@attention_kernel("fp32", "backward", "causal", head_dims=(64,))
+def of_width_64_declared(q, k, v, is_causal=False):
+    return of_width_64(q, k, v, is_causal)
+
+
 def bottom_right(q, k, v, is_causal=False):
     """is_causal at the bottom right by nature, as in flash-attention."""
     mask = None

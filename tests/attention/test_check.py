@@ -84,6 +84,14 @@ def test_the_cases_move_to_a_dtype_that_the_kernel_takes():
     assert "FAIL" not in found.values()
 
 
+@pytest.mark.parametrize("name", ["of_width_64", "of_width_64_declared"])
+def test_the_cases_move_to_a_width_that_the_kernel_takes(name):
+    """A kernel for one width is not waved through because it refuses the suite's."""
+    found = verdicts(name)
+    assert found["tail/33-fp32"] == found["causal/65-fp32-grad"] == "PASS" and found["width/40-fp32"] == "REFUSED"
+    assert found["tail/33-fp32-grad"] == "FAIL"
+
+
 def test_alignment_by_nature_is_found():
     kernel, _ = prepare(target("bottom_right"), "cpu")
     assert kernel.causal_align == "bottom_right"
@@ -168,7 +176,7 @@ def test_a_hang_costs_one_case(monkeypatch):
         ("missing.py:f", "missing.py: no such file"),
         (f"{FILE}:missing", "has no missing"),
         (f"{FILE}:not_a_function", "expected a function, got int"),
-        (f"{FILE}:always_raises", "a plain call on cpu raises: fp32: RuntimeError: no kernel image"),
+        (f"{FILE}:always_raises", "a plain call on cpu raises: fp32, width 16: RuntimeError: no kernel"),
     ],
 )
 def test_what_cannot_be_run_is_exit_code_2(name, message, monkeypatch):

@@ -95,6 +95,8 @@ def check(
     errors = list(dict.fromkeys(e for group in groups for e in group.errors))
     facts = next((g.facts for g in groups if g.facts), {})
     failed = any(r.verdict in BAD for r in results)
+    if results and not errors and not any(r.verdict in ("PASS", *BAD) for r in results):
+        errors = ["every case was refused: nothing can be said of it"]
     verdict = "error" if errors or not results else "fail" if failed else "pass"
     return Report(
         target.name,

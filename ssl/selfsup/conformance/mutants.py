@@ -20,7 +20,7 @@ from rich.table import Table
 
 from selfsup.conformance.cases import Case
 from selfsup.conformance.claims import OURS, Kernel, Target, load_file
-from selfsup.conformance.run import run_case, select
+from selfsup.conformance.run import Base, run_case, select
 
 OWN_TABLE = Path(__file__).with_name("tiled_mutants.py")
 
@@ -86,7 +86,7 @@ def run_mutants(sources: Sources, seeds: int, interpret: bool, console: Console)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sound = sources.plant(folder, None)
-        cases, _ = select(sound, "full", "fp32", interpret)
+        cases, _ = select(sound, "full", Base("fp32", 16), interpret)
         meant = [c for c in cases if any(fnmatch.fnmatch(c.id, p) for m in sources.mutants for p in m.meant)]
         faults = []
         for seed in range(seeds):

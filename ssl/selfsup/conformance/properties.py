@@ -38,7 +38,7 @@ def _expectation(holds: Property) -> Callable[[Kernel, InputRecipe, int, str], l
     def expectation(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
         raised: list[KernelRaised] = []
         ran: list[Shape] = []
-        widths = [d for d in (8, 16, 64) if kernel.claims is None or kernel.claims.cover((), d, d)]
+        widths = [d for d in {8, 16, 64, recipe.shape.d} if kernel.claims is None or kernel.claims.cover((), d, d)]
         cross = kernel.claims is None or not kernel.claims.declared or "cross" in kernel.claims.features
 
         @settings(
@@ -53,7 +53,7 @@ def _expectation(holds: Property) -> Callable[[Kernel, InputRecipe, int, str], l
             h=st.integers(1, 3),
             length=st.integers(1, 40),
             more=st.integers(0, 40) if cross else st.just(0),
-            d=st.sampled_from(widths or [64]),
+            d=st.sampled_from(sorted(widths) or [recipe.shape.d]),
             draw=st.integers(0, 999),
         )
         def run(b: int, h: int, length: int, more: int, d: int, draw: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from selfsup.attention.dispatch import KERNELS
 from selfsup.conformance.cases import Case, Level, cases
 from selfsup.conformance.claims import FEATURES, NEEDS_CLAIM, Claims, Kernel, KernelRaised, Target
 from selfsup.conformance.expectations import NotApplicable
@@ -20,6 +21,8 @@ BAD: tuple[Verdict, ...] = ("FAIL", "WRONG-SILENT", "CRASH", "TIMEOUT")
 INTERPRETED_COST = 24_000
 """Scores from which a case is left out under Triton's interpreter, which takes 10 to 25 ms a tile."""
 SHRINKING_SECONDS = 10.0
+WIDTHS = (16, 64, 32, 128, 8, 96, 256)
+"""Of q, k and v, to be tried in this order."""
 
 
 class Result(NamedTuple):
@@ -35,33 +38,40 @@ class Result(NamedTuple):
     seconds: float = 0.0
 
 
-def prepare(target: Target, device: str) -> tuple[Kernel, str]:
-    """Loads a kernel and finds the dtype for the cases that are about none: fp32 where it takes it.
+class Base(NamedTuple):
+    """What the cases that are about no dtype and no width are run with: the first that the kernel takes."""
+
+    dtype: str
+    width: int
+
+
+def prepare(target: Target, device: str) -> tuple[Kernel, Base]:
+    """Loads a kernel and finds the dtype and the width that most cases run with.
 
     Of a kernel that declares nothing, what it accepts is what it claims, and where l != s its is_causal is
-    tried. Raises ValueError where it cannot be found, or refuses a plain call in fp32, fp16 and bf16.
+    tried. Raises ValueError where it cannot be found, or refuses a plain call in every dtype and width.
     """
     kernel, errors = target.load(), []
     declared = kernel.claims
     if declared is None:
         kernel = replace(kernel, claims=Claims(frozenset(FEATURES) - NEEDS_CLAIM, declared=False))
-    for dtype in ("fp32", "fp16", "bf16"):
-        if declared is not None and dtype not in declared.features:
+    for base in (Base(dtype, d) for dtype in ("fp32", "fp16", "bf16") for d in WIDTHS):
+        if not kernel.claims.cover({base.dtype}, base.width, base.width):
             continue
-        widths = [d for d in (64, 32, 16, 128, 8) if kernel.claims.cover((), d, d)]
+        recipe = InputRecipe(Shape(l=64, s=64, d=base.width, dv=base.width), base.dtype)
         try:
-            kernel.answer(InputRecipe(Shape(l=64, s=64, d=widths[0], dv=widths[0]), dtype)(0, device), gradients=False)
+            kernel.answer(recipe(0, device), gradients=False)
         except KernelRaised as error:
-            errors.append(f"{dtype}: {error}")
+            errors.append(f"{base.dtype}, width {base.width}: {error}")
             continue
-        return (kernel if declared is not None else _aligned(kernel, dtype, widths[0], device)), dtype
-    reasons = "; ".join(errors) or f"it claims none of fp32, fp16, bf16, but {sorted(declared.features)}"
+        return (kernel if declared is not None else _aligned(kernel, base, device)), base
+    reasons = errors[0] if errors else f"it claims no width of {WIDTHS} in fp32, fp16 or bf16"
     raise ValueError(f"{target.name}: a plain call on {device} raises: {reasons}")
 
 
-def _aligned(kernel: Kernel, dtype: str, d: int, device: str) -> Kernel:
+def _aligned(kernel: Kernel, base: Base, device: str) -> Kernel:
     """The kernel with the alignment of its is_causal, tried on 5 queries and 9 keys."""
-    recipe = InputRecipe(Shape(l=5, s=9, d=d, dv=d), dtype, options={"is_causal": True})
+    recipe = InputRecipe(Shape(l=5, s=9, d=base.width, dv=base.width), base.dtype, options={"is_causal": True})
     inputs = recipe(0, device)
     try:
         out = kernel.answer(inputs, gradients=False).out
@@ -72,22 +82,31 @@ def _aligned(kernel: Kernel, dtype: str, d: int, device: str) -> Kernel:
     return replace(kernel, causal_align="bottom_right") if fits else kernel
 
 
-def select(kernel: Kernel, level: Level, base: str, interpret: bool) -> tuple[list[Case], int]:
-    """The cases to run, those without a dtype of their own in `base`; and how many are left out as too
-    large for the interpreter. What is tried only where claimed, and is not, is no case."""
+def select(kernel: Kernel, level: Level, base: Base, interpret: bool) -> tuple[list[Case], int]:
+    """The cases to run, those without a dtype or width of their own in `base`'s; and how many are left out
+    as too large for the interpreter. What is tried only where claimed, and is not, is no case."""
     chosen, seen = [], set()
     for case in cases(level):
         if case.requires & NEEDS_CLAIM and not case.requires & NEEDS_CLAIM <= kernel.claims.features:
             continue
-        if base != "fp32" and case.make_inputs.dtype == "fp32":
-            recipe = replace(case.make_inputs, dtype=base)
-            needs = case.requires - {"fp32"} | {base}
-            case = replace(case, id=case.id.replace("fp32", base), make_inputs=recipe, requires=needs)
+        case = _rebased(case, base)
         if case.id not in seen:
             seen.add(case.id)
             chosen.append(case)
     kept = [c for c in chosen if not interpret or c.cost <= INTERPRETED_COST]
     return kept, len(chosen) - len(kept)
+
+
+def _rebased(case: Case, base: Base) -> Case:
+    """The case with `base` for fp32 and for a width of 16, the suite's own choice; widths of a meaning stay."""
+    if base.dtype != "fp32" and case.make_inputs.dtype == "fp32":
+        recipe, needs = replace(case.make_inputs, dtype=base.dtype), case.requires - {"fp32"} | {base.dtype}
+        case = replace(case, id=case.id.replace("fp32", base.dtype), make_inputs=recipe, requires=needs)
+    shape = case.make_inputs.shape
+    if case.group != "width" and (shape.d, shape.dv) in ((16, 16), (8, 8), (4, 4), (32, 32)) and base.width != 16:
+        shape = shape._replace(d=base.width, dv=base.width)
+        case = replace(case, make_inputs=case.make_inputs.at(shape))
+    return case
 
 
 def run_case(kernel: Kernel, case: Case, seed: int, device: str, shrinking: bool = True) -> Result:
@@ -177,8 +196,8 @@ def _reproducer(kernel: Kernel, case: Case, shape: Shape, seed: int, device: str
     options = "" if device == "cpu" else f", device={device!r}"
     if kernel.layout != "BHLD":
         options += f", layout={kernel.layout!r}"
-    if kernel.claims.declared and kernel.name and not hasattr(kernel.call, "attention_claims"):
-        options += f", features={sorted(kernel.claims.features)!r}" if len(kernel.claims.features) < 8 else ""
+    if kernel.claims.declared and kernel.name not in KERNELS and not hasattr(kernel.call, "attention_claims"):
+        options += f", features={sorted(kernel.claims.features)!r}"  # they came from the command line
     return (
         "from selfsup.conformance.run import reproduce\n"
         f"shape = {tuple(shape)}  # b, h, hk, l, s, d, dv\n"

@@ -45,7 +45,8 @@ def main() -> None:
         ready=[c.id for c in mine],
         claims=sorted(claims.features) if claims.declared else None,
         causal_align=kernel.causal_align,
-        dtype=base,
+        dtype=base.dtype,
+        width=base.width,
         left_out=left_out,
     )
     for case in mine:
