@@ -12,10 +12,11 @@ from selfsup.attention.tiled import tiled_attention
 
 AttentionName = Literal["reference", "tiled", "torch", "flex", "auto"]
 
-TORCH_FROM = {torch.bfloat16: 1 << 20, torch.float16: 1 << 20, torch.float32: 1 << 12, torch.float64: 1 << 12}
-"""On a CPU: the scores of one head (l * s) from which torch's fused kernel is faster than `reference`."""
-TILED_FROM = 1 << 24
-"""The scores of one head from which their matrix is too large to keep: a row of 4,096 against itself."""
+TORCH_FROM = {torch.bfloat16: 1 << 25, torch.float16: 0, torch.float32: 1 << 20, torch.float64: 1 << 20}
+"""On a CPU: the scores of a call (batch x heads x l x s) from which torch's fused kernel is faster than
+`reference`, whose matrix of scores then no longer fits the caches. Measured: docs/attention.md."""
+TILED_FROM = 1 << 27
+"""The scores of a call from which `reference` takes gigabytes: half a GiB in fp32 for each matrix of them."""
 
 
 class Choice(NamedTuple):
@@ -25,24 +26,26 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(device: str, dtype: torch.dtype, length: int, keys: int, unknown_to_torch: list[str]) -> Choice:
-    """The kernel for a call, from what was measured (docs/attention.md has the table).
+def choose(
+    device: str, dtype: torch.dtype, batch_heads: int, length: int, keys: int, unknown_to_torch: list[str]
+) -> Choice:
+    """The kernel for a call, from what was measured.
 
-    device: its type, "cpu" or "cuda". dtype: of the matrix products. unknown_to_torch: the options of
-    the call that torch's kernel cannot honour (softcap, return_lse).
+    device: its type, "cpu" or "cuda". dtype: of the matrix products. batch_heads: batch entries times heads.
+    unknown_to_torch: the options of the call that torch's kernel cannot honour (softcap, return_lse).
     """
-    scores = length * keys
+    scores = batch_heads * length * keys
     if unknown_to_torch:
         missing = f"torch's kernel has no {' and no '.join(unknown_to_torch)}"
         if scores < TILED_FROM:
-            return Choice("reference", f"{missing}; {length} x {keys} scores a head still fit the memory")
-        return Choice("tiled", f"{missing}; {length} x {keys} scores a head are too many to keep")
+            return Choice("reference", f"{missing}, and {scores:,} scores are not too many to keep")
+        return Choice("tiled", f"{missing}, and {scores:,} scores are too many to keep")
     if device != "cpu":
         return Choice("torch", f"its fused kernels; nothing else was measured on {device}")
-    limit = TORCH_FROM.get(dtype, 0)
+    limit, name = TORCH_FROM.get(dtype, 0), str(dtype).removeprefix("torch.")
     if scores < limit:
-        return Choice("reference", f"plain matrix products are faster below {limit:,} scores a head in {dtype}")
-    return Choice("torch", f"its fused kernel is faster from {limit:,} scores a head in {dtype} on a CPU")
+        return Choice("reference", f"in {name} on a CPU plain matrix products are faster below {limit:,} scores, here {scores:,}")
+    return Choice("torch", f"in {name} on a CPU its fused kernel is faster from {limit:,} scores on, here {scores:,}")
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -50,7 +53,7 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: 
     device = q.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
     unknown = [name for name in ("softcap", "return_lse") if options.get(name)]
-    kernel = choose(device, dtype, q.shape[-2], k.shape[-2], unknown).kernel
+    kernel = choose(device, dtype, q.shape[:-2].numel(), q.shape[-2], k.shape[-2], unknown).kernel
     return KERNELS[kernel](q, k, v, *arguments, **options)
 
 

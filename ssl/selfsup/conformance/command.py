@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from selfsup.attention.dispatch import TORCH_FROM, choose
+from selfsup.attention.dispatch import choose
 from selfsup.conformance.cases import Level
 from selfsup.conformance.check import Report, check
 from selfsup.conformance.claims import FEATURES, NEEDS_CLAIM, Layout, Target, read_features
@@ -122,6 +122,7 @@ def main_explain(
     length: Annotated[int, tyro.conf.Positional] = 197,
     /,
     keys: int | None = None,
+    heads: int = 48,
     device: str = "cpu",
     dtype: str = "bf16",
     softcap: bool = False,
@@ -132,6 +133,7 @@ def main_explain(
     Args:
         length: queries.
         keys: keys; as many as queries unless said.
+        heads: batch entries times heads.
         device: cpu or cuda.
         dtype: of the matrix products: bf16, fp16, fp32, fp64.
         softcap: the call has a soft cap.
@@ -140,7 +142,5 @@ def main_explain(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     unknown = [name for name, given in (("softcap", softcap), ("return_lse", lse)) if given]
-    choice = choose(device, DTYPES[dtype], length, keys or length, unknown)
-    print(f"{choice.kernel}: {choice.why}")
-    limits = ", ".join(f"{name} {round(TORCH_FROM[t] ** 0.5)}" for name, t in DTYPES.items())
-    print(f"on a CPU torch's kernel is taken from these lengths on: {limits}; measured, see docs/attention.md")
+    print(": ".join(choose(device, DTYPES[dtype], heads, length, keys or length, unknown)))
+    print("scores = batch x heads x queries x keys; measured, see docs/attention.md")
