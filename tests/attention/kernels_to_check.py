@@ -125,6 +125,59 @@ def hangs(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def exits(q, k, v):
+    """Ends its process in one case, as if all were well."""
+    if (q.shape[-2], k.shape[-2]) == (1, 197):
+        os._exit(0)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def calls_sys_exit(q, k, v):
+    """Leaves politely in one case."""
+    if (q.shape[-2], k.shape[-2]) == (1, 197):
+        raise SystemExit(0)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def dies_often(q, k, v):
+    """Dies in two cases, one after the other."""
+    if k.shape[-2] in (63, 64):
+        os.abort()
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def no_dk(q, k, v):
+    """Cut off from k."""
+    return F.scaled_dot_product_attention(q, k.detach(), v)
+
+
+def writes_to_the_mask(q, k, v, attn_mask=None):
+    """A finite number for -inf, in the caller's own mask."""
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        with torch.no_grad():
+            attn_mask.clamp_(min=-1e4)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask)
+
+
+def multiples_of_64(q, k, v, scale=None):
+    """For lengths that are multiples of 64; the scale is forgotten in the backward pass."""
+    if q.shape[-2] % 64 or k.shape[-2] % 64:
+        raise ValueError("multiples of 64")
+    right = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    wrong = F.scaled_dot_product_attention(q, k, v)
+    return right.detach() + wrong - wrong.detach()
+
+
+def returns_more(q, k, v, return_lse=False):
+    """A tuple, whether the rest is asked for or not."""
+    lse = (q @ k.mT * q.shape[-1] ** -0.5).float().logsumexp(-1) if k.shape[-2] else q.new_full(q.shape[:-1], -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v), lse.detach(), None
+
+
+def returns_a_string(q, k, v):
+    return "attention"
+
+
 def always_raises(q, k, v):
     raise RuntimeError("no kernel image is available")
 

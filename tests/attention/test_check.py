@@ -13,6 +13,7 @@ import torch
 from running import ROOT
 from selfsup.cli import main
 from selfsup.conformance import check as check_module
+from selfsup.conformance.cases import ALL
 from selfsup.conformance.check import check
 from selfsup.conformance.claims import FEATURES, Target
 from selfsup.conformance.run import prepare, reproduce, run_case, select
@@ -80,7 +81,7 @@ def test_a_narrow_kernel_is_refusing_not_failing():
 
 def test_the_cases_move_to_a_dtype_that_the_kernel_takes():
     found = verdicts("half_only", "core")
-    assert found["tail/97-fp16"] == "PASS" and not any(i.endswith("fp32") for i in found)
+    assert found["tail/97-fp16"] == "PASS" and "FAIL" not in found.values() and not any(i.endswith("fp32") for i in found)
     assert "FAIL" not in found.values()
 
 
@@ -130,7 +131,28 @@ def test_known_cheats_fail_in_every_dtype(name):
 
 
 def test_a_kernel_that_writes_to_its_inputs():
-    assert verdicts("writes_to_q", "core", ("calls",))["calls/unchanged"] == "FAIL"
+    assert verdicts("writes_to_q", "core", ("tail",))["tail/65-fp32"] == "FAIL"
+    assert verdicts("writes_to_the_mask", "core", ("masked",))["masked/rows-float-fp32"] == "FAIL"
+
+
+def test_a_gradient_that_does_not_come_back_is_a_failure():
+    found = verdicts("no_dk", "train", ("tail",))
+    assert found["tail/65-fp32"] == "PASS" and found["tail/65-fp32-grad"] == "FAIL"
+
+
+def test_the_cases_move_to_lengths_that_the_kernel_takes():
+    """A kernel for multiples of 64 is not waved through because it refuses most lengths."""
+    found = verdicts("multiples_of_64", "train", ("tail", "scale", "logits"))
+    assert found["tail/64-fp32-grad"] == found["scale/0.37-fp32"] == found["logits/rising-fp32"] == "PASS"
+    assert found["scale/0.37-fp32-grad"] == "FAIL" and found["tail/33-fp32"] == "REFUSED"
+
+
+def test_what_comes_back_may_be_a_tuple():
+    found = verdicts("returns_more", "train", ("tail", "lse"))
+    assert found["tail/65-fp32-grad"] == found["lse/plain-fp32"] == "PASS"
+    assert found["lse/plain-fp32-grad"] == "REFUSED"  # a log-sum-exp without a gradient is no lie
+    with pytest.raises(ValueError, match="str came back"):
+        verdicts("returns_a_string", "core")
 
 
 def test_the_reproducer_is_small_and_reproduces():
@@ -158,6 +180,28 @@ def test_a_crash_costs_one_case(monkeypatch):
     assert report.exit_code == 1 and found["tail/1x197-fp32"].verdict == "CRASH"
     assert "SIGABRT" in found["tail/1x197-fp32"].detail
     assert found["tail/63-fp32"].verdict == found["tail/197x1-fp32"].verdict == "PASS"
+
+
+@pytest.mark.parametrize(("name", "verdict"), [("exits", "CRASH"), ("calls_sys_exit", "REFUSED")])
+def test_leaving_with_exit_code_0_is_no_pass(name, verdict, monkeypatch):
+    monkeypatch.setattr(check_module, "GROUPS", (("tail",),))
+    report = check(target(name), "core")
+    found = {r.id: r.verdict for r in report.results}
+    assert found["tail/1x197-fp32"] == verdict and found["tail/197x1-fp32"] == "PASS"
+    assert report.exit_code == (1 if verdict == "CRASH" else 0)
+
+
+def test_crash_after_crash_is_given_up_and_said(monkeypatch):
+    monkeypatch.setattr(check_module, "GROUPS", (("tail",),))
+    monkeypatch.setattr(check_module, "CRASHES_IN_A_ROW", 2)
+    report = check(target("dies_often"), "core")
+    assert report.exit_code == 1 and [r.verdict for r in report.results][-2:] == ["CRASH", "CRASH"]
+    assert "given up after 2 crashes in a row" in report.errors[0] and "cases not run" in report.errors[0]
+    assert "reproduce(" in report.results[-1].reproducer
+
+
+def test_every_case_is_in_a_group():
+    assert {c.group for c in ALL} == {name for names in check_module.GROUPS for name in names}
 
 
 def test_a_hang_costs_one_case(monkeypatch):
@@ -221,7 +265,8 @@ def test_the_pytest_plugin(tmp_path):
         return subprocess.run([*base, *arguments], cwd=tmp_path, capture_output=True, text=True)
 
     (tmp_path / "test_other.py").write_text("def test_not_collected():\n    raise RuntimeError\n")
-    done = run("--attention-kernel", f"{FILE}:wrong_tail", "--attention-level", "core", "-k", "tail/33-fp32 or softcap/5-")
+    kernel = ("--attention-kernel", f"{FILE}:wrong_tail")
+    done = run(*kernel, "--attention-level", "core", "-k", "tail/33-fp32 or softcap/5-")
     assert done.returncode == 1 and "1 failed, 1 skipped" in done.stdout, done.stdout + done.stderr
     assert "test_attention[tail/33-fp32]" in done.stdout and "reproduce(" in done.stdout
     assert "refused: TypeError" in done.stdout and "not_collected" not in done.stdout

@@ -8,8 +8,8 @@ import torch
 from selfsup.conformance.cases import ALL, LEVELS, cases
 from selfsup.conformance.claims import FEATURES, Claims, Kernel
 from selfsup.conformance.inputs import DTYPES, InputRecipe, Shape, normal
-from selfsup.conformance.judge import TENSORS, judge
-from selfsup.conformance.oracle import plain, truth
+from selfsup.conformance.judge import TENSORS, judge, judge_call
+from selfsup.conformance.oracle import plain, truth, visible
 
 
 def faults(inputs, answer):
@@ -25,7 +25,7 @@ def test_the_loop_equals_float64_autograd(case):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in ALL if c.id.endswith("-fp32-grad") and c.cost <= 20_000 and c.cost], ids=lambda c: c.id
+    "case", [c for c in ALL if c.id.endswith("-fp32-grad") and 0 < c.cost <= 20_000], ids=lambda c: c.id
 )
 def test_every_case_in_float64(case):
     """The loop against explicit operations with autograd, in float64, for every option of the suite."""
@@ -43,9 +43,9 @@ def test_every_case_in_float64(case):
 
 def test_the_loop_equals_torch():
     """And against torch's own attention, which shares nothing with either."""
-    inputs = InputRecipe(Shape(2, 4, 2, 9, 13, 8, 8), "fp64", options={"scale": 0.3})(0)
+    inputs = InputRecipe(Shape(2, 4, 2, 9, 13, 8, 8), "fp64", options={"scale": 0.3, "is_causal": True})(0)
     q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     right = truth(inputs)
     assert torch.allclose(right.out, out, atol=1e-14)
     for x, y in zip(torch.autograd.grad(out, (q, k, v), inputs.grad_out), (right.dq, right.dk, right.dv)):
@@ -147,14 +147,49 @@ def test_shapes_dtypes_and_infinities():
         ({"out": good.out[..., :8]}, "shape"),
         ({"out": good.out.double()}, "dtype"),
         ({"lse": good.lse.half()}, "dtype"),
+        ({"dk": None, "dq": good.dq}, "did not come back"),
         ({"out": bad}, "nan at"),
-        ({"dk": None}, "did not come back"),
         ({"lse": good.lse * 1.4427}, "error"),
     ):
         (fault,) = faults(inputs, good._replace(**change)).values()
         assert message in fault
     silent = {f.tensor: f.silent for f in judge(inputs, good._replace(out=bad)) if f.fault}
     assert silent == {"out": False}  # a NaN is no quiet lie
+
+
+def test_windows_and_documents_against_a_list_of_keys():
+    """Which keys are seen, written out: the oracle and the plain run share this rule, so it is tested apart."""
+
+    def seen(shape, **options):
+        return [row.nonzero().flatten().tolist() for row in visible(InputRecipe(shape, options=options)(0))[0, 0]]
+
+    wide, tall = Shape(h=1, hk=1, l=2, s=4), Shape(h=1, hk=1, l=3, s=2)
+    assert seen(wide, is_causal=True) == [[0], [0, 1]]
+    assert seen(wide, is_causal=True, causal_align="bottom_right") == [[0, 1, 2], [0, 1, 2, 3]]
+    assert seen(tall, is_causal=True, causal_align="bottom_right") == [[], [0], [0, 1]]
+    assert seen(wide, window=(1, 1)) == [[0, 1], [0, 1, 2]]
+    assert seen(wide, window=(0, -1)) == [[0, 1, 2, 3], [1, 2, 3]]
+    assert seen(wide, window=(1, 0), causal_align="bottom_right") == [[1, 2], [2, 3]]
+    ids = torch.tensor([[0, 1, 0]])
+    assert seen(Shape(h=1, hk=1, l=3, s=3), document_ids=ids) == [[0, 2], [1], [0, 2]]
+
+
+def test_what_was_written_to_is_named():
+    inputs = InputRecipe(Shape(l=8, s=8), options={"attn_mask": lambda s, g: torch.zeros(s.l, s.s).double()})(0)
+
+    def writes(x):
+        def call():
+            good = plain(inputs)
+            with torch.no_grad():
+                x.mul_(1.01)
+                x.add_(0.5)
+            return good
+
+        return call
+
+    for name, x in (("q", inputs.q), ("grad_out", inputs.grad_out), ("attn_mask", inputs.options["attn_mask"])):
+        found = [f for f in judge_call(inputs, writes(x)) if f.fault]
+        assert [(f.tensor, f.fault) for f in found] == [(name, "written to")]
 
 
 def test_a_single_key_has_zero_gradients_up_to_rounding_only():
@@ -177,15 +212,19 @@ def test_cases_are_data():
 
 
 def test_claims_cover():
-    claims = Claims(frozenset({"fp32", "causal"}), head_dims=range(8, 65, 8))
-    assert claims.cover({"fp32"}, 64, 64) and claims.cover({"causal", "fp32"}, 8, 16)
-    assert not claims.cover({"bf16"}, 64, 64) and not claims.cover({"fp32"}, 59, 59)
-    assert not claims.cover({"fp32"}, 64, 59)
+    claims = Claims(frozenset({"fp32", "causal"}), head_dims=range(8, 65, 8), length_multiple=32)
+
+    def cover(requires, length, d, dv=None):
+        return claims.cover(requires, Shape(l=length, s=64, d=d, dv=d if dv is None else dv))
+
+    assert cover({"fp32"}, 32, 64) and cover({"causal", "fp32"}, 64, 8, 16)
+    assert not cover({"bf16"}, 32, 64) and not cover({"fp32"}, 32, 59) and not cover({"fp32"}, 32, 64, 59)
+    assert not cover({"fp32"}, 33, 64)
 
 
 def test_layouts_hold_the_same_numbers():
     plainly = InputRecipe(Shape(2, 3, 3, 5, 5, 4, 4))(0)
-    for layout in ("blhd", "fused", "padded", "differing"):
+    for layout in ("blhd", "fused", "padded", "columns", "differing"):
         other = InputRecipe(Shape(2, 3, 3, 5, 5, 4, 4), layout=layout)(0)
         assert all(torch.equal(x, y) for x, y in zip(plainly[:3], other[:3])), layout
         assert not all(x.is_contiguous() for x in other[:3]), layout
@@ -207,7 +246,8 @@ def test_other_layouts_of_a_kernel():
     def packed(q, k, v, cu_seqlens_q, cu_seqlens_k):
         assert q.shape == (12, 4, 8) and cu_seqlens_q.tolist() == [0, 6, 12] == cu_seqlens_k.tolist()
         parts = [slice(a, b) for a, b in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist())]
-        outs = [torch.nn.functional.scaled_dot_product_attention(*(x[p].transpose(0, 1) for x in (q, k, v))) for p in parts]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        outs = [attend(*(x[p].transpose(0, 1) for x in (q, k, v))) for p in parts]
         return torch.cat([o.transpose(0, 1) for o in outs])
 
     for layout, function in (("BLHD", blhd), ("THD", packed)):

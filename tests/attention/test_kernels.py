@@ -104,6 +104,37 @@ def test_mixed_dtypes_and_head_counts_are_refused():
             function(q, k, v[:, :, :3])
 
 
+@pytest.mark.parametrize("name", ["reference", "tiled", "torch", "auto"])
+def test_masks_that_do_not_fit_are_refused(name):
+    """Too large, of more dimensions, or of whole numbers, which would be added to the scores."""
+    q, k, v = tensors(length=5)
+    for mask in (torch.ones(10, 10, dtype=torch.bool), torch.ones(4, 1, 5, 7, dtype=torch.bool),
+                 torch.ones(1, 1, 1, 5, 7, dtype=torch.bool), torch.ones(5, 7, dtype=torch.long)):  # fmt: skip
+        with pytest.raises(Exception, match="attn_mask"):
+            attention_function(name)(q, k, v, mask)
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled", "torch"])
+def test_the_lowest_number_of_fp32_is_no_minus_infinity(name):
+    """transformers' padding masks: a row of nothing but finfo.min is a mean, in bf16 too, not a row without a key."""
+    q, k, v = (x.detach().bfloat16() for x in tensors())
+    mask = torch.zeros(7, 7)
+    mask[2] = torch.finfo(torch.float32).min
+    out = attention_function(name)(q, k, v, mask)
+    assert torch.allclose(out[0, 0, 2].float(), v[0, 0].float().mean(0), atol=2e-2)
+    one = attention_function(name)(q, k, v, torch.tensor([0.0] * 6 + [-torch.inf]))  # a mask of one dimension
+    assert torch.allclose(one.float(), reference_attention(q, k[:, :, :6], v[:, :, :6]).float(), atol=2e-2)
+
+
+def test_auto_never_picks_a_kernel_that_refuses(monkeypatch):
+    monkeypatch.setattr("selfsup.attention.dispatch.TILED_FROM", 1)
+    q, k, v = tensors()
+    slopes = torch.rand(2, dtype=torch.float64, requires_grad=True)
+    out = attention_function("auto")(q, k, v, softcap=2.0, alibi_slopes=slopes)
+    assert torch.autograd.grad(out.sum(), slopes)[0].isfinite().all()
+    attention_function("auto")(q, k, v, None, 0.5, softcap=2.0)
+
+
 def test_the_operator_is_registered_as_it_behaves():
     q, k, v = tensors(dtype=torch.float32)
     mask = torch.randn(1, 1, 7, 7, requires_grad=True)
@@ -189,7 +220,8 @@ def test_mae_takes_every_kernel():
         torch.manual_seed(0)
         encoder = validate(ViTConfig, {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2,
                                        "attention": name})  # fmt: skip
-        objective = validate(MAEConfig, {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}).build(encoder)
+        decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+        objective = validate(MAEConfig, decoder).build(encoder)
         images, noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.rand(2, 16)
         losses[name] = objective.predict(images, noise)[0].square().mean().item()
         kernels = {m.attention for m in objective.modules() if hasattr(m, "attention")}

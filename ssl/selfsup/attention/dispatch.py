@@ -44,7 +44,8 @@ def choose(
         return Choice("torch", f"its fused kernels; nothing else was measured on {device}")
     limit, name = TORCH_FROM.get(dtype, 0), str(dtype).removeprefix("torch.")
     if scores < limit:
-        return Choice("reference", f"in {name} on a CPU plain matrix products are faster below {limit:,} scores, here {scores:,}")
+        why = f"in {name} on a CPU plain matrix products are faster below {limit:,} scores, here {scores:,}"
+        return Choice("reference", why)
     return Choice("torch", f"in {name} on a CPU its fused kernel is faster from {limit:,} scores on, here {scores:,}")
 
 
@@ -54,6 +55,9 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: 
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
     unknown = [name for name in ("softcap", "return_lse") if options.get(name)]
     kernel = choose(device, dtype, q.shape[:-2].numel(), q.shape[-2], k.shape[-2], unknown).kernel
+    slopes, dropout_p = options.get("alibi_slopes"), arguments[1] if len(arguments) > 1 else options.get("dropout_p")
+    if kernel == "tiled" and (dropout_p or (slopes is not None and slopes.requires_grad)):
+        kernel = "reference"  # the only one with both
     return KERNELS[kernel](q, k, v, *arguments, **options)
 
 

@@ -36,7 +36,7 @@ def torch_attention(
     What it has no argument for (window, ALiBi, documents, causal at the bottom right) becomes a dense
     mask of (l, s). Refuses softcap and return_lse.
     """
-    refuse("torch", softcap=softcap, return_lse=return_lse)
+    refuse("torch", "reference or tiled", softcap=softcap, return_lse=return_lse)
     rules = read_rules(
         q, k, v, attn_mask, is_causal, causal_align, window, softcap, alibi_slopes, document_ids, enable_gqa
     )
@@ -45,8 +45,13 @@ def torch_attention(
         is_causal, (bias, attn_mask) = False, rules.everything(q, k)
         if bias is not None:
             attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, -torch.inf)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.to(q.dtype)
+    if attn_mask is not None:
+        while attn_mask.dim() < 2:
+            attn_mask = attn_mask.unsqueeze(0)
+        if attn_mask.dtype not in (torch.bool, q.dtype):
+            # A finite lowest number stays finite: a row of nothing else is a mean, not a row without a key.
+            forbidden, attn_mask = attn_mask == -torch.inf, attn_mask.to(q.dtype)
+            attn_mask = attn_mask.clamp(min=torch.finfo(q.dtype).min).masked_fill(forbidden, -torch.inf)
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -73,7 +78,7 @@ def flex_attention_adapter(
 
     Refuses dropout, other than (b, h, l, d) tensors, and on a CPU gradients, which it does not have there.
     """
-    refuse("flex", dropout_p=dropout_p)
+    refuse("flex", "reference or torch", dropout_p=dropout_p)
     on_cpu = q.device.type == "cpu"
     tensors = [x for x in (q, k, v, attn_mask, alibi_slopes) if x is not None]
     if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

@@ -44,7 +44,7 @@ def reference_attention(
         q, k, v, attn_mask, is_causal, causal_align, window, softcap, alibi_slopes, document_ids, enable_gqa
     )
     weights, lse = weights_and_lse(q, repeat_heads(k, q.shape[-3]), scale, rules, return_lse)
-    if dropout_p > 0:
+    if dropout_p != 0:
         weights = torch.dropout(weights, dropout_p, train=True)
     out = weights @ repeat_heads(v, q.shape[-3])
     return out if lse is None else (out, lse)

@@ -113,7 +113,7 @@ def read_rules(
     heads, length, keys = q.shape[-3], q.shape[-2], k.shape[-2]
     if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
         raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them alike")
-    if k.shape[-3] != heads and (not enable_gqa or heads % k.shape[-3]):
+    if k.shape[-3] != heads and (not enable_gqa or not k.shape[-3] or heads % k.shape[-3]):
         raise ValueError(
             f"attention heads: {heads} query heads with {k.shape[-3]} key or value heads need "
             f"enable_gqa=True and a whole ratio, got enable_gqa={enable_gqa}"
@@ -122,12 +122,18 @@ def read_rules(
         raise ValueError(
             f"k, v: expected as many heads and keys in both, got {tuple(k.shape)} and {tuple(v.shape)}"
         )
+    if q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]:
+        raise ValueError(
+            f"q, k: expected one batch and one width in both, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if attn_mask is not None:
+        _check_mask(attn_mask, (*q.shape[:-1], keys))
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask and is_causal: give one of them; write the causal part into attn_mask")
     if causal_align not in ("top_left", "bottom_right"):
         raise ValueError(f"causal_align: expected top_left or bottom_right, got {causal_align!r}")
-    if window is not None and (len(window) != 2 or min(window) < -1):
-        raise ValueError(f"window: expected (left, right), each >= 0 or -1 for no bound, got {window}")
+    if window is not None and (len(window) != 2 or any(int(w) != w or w < -1 for w in window)):
+        raise ValueError(f"window: expected (left, right), whole numbers >= 0 or -1 for no bound, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
     if alibi_slopes is not None and alibi_slopes.shape not in (q.shape[-3:-2], q.shape[:-2]):
@@ -152,10 +158,20 @@ def read_rules(
     )
 
 
-def refuse(kernel: str, **options: object) -> None:
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for a mask that is neither bool nor floats, or does not broadcast to (*b, h, l, s)."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"attn_mask: expected bool (True = may attend) or floats to be added, got {mask.dtype}; "
+            f"of zeros and ones make a mask with .bool()"
+        )
+    fits = mask.dim() <= len(shape) and all(n in (1, m) for n, m in zip(mask.shape[::-1], shape[::-1]))
+    if not fits:
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {shape}, got {tuple(mask.shape)}")
+
+
+def refuse(kernel: str, advice: str, **options: object) -> None:
     """Raises ValueError for every option that is set and that the kernel cannot honour, by name."""
     given = [name for name, value in options.items() if value not in (None, False, 0.0)]
     if given:
-        raise ValueError(
-            f"{', '.join(given)}: the attention kernel {kernel!r} cannot honour this; take reference or tiled"
-        )
+        raise ValueError(f"{', '.join(given)}: the attention kernel {kernel!r} cannot honour this; take {advice}")

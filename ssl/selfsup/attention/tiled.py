@@ -42,9 +42,11 @@ def tiled_attention(
 
     Refuses dropout, and slopes that want a gradient. Its gradients have no gradient of their own.
     """
-    refuse("tiled", dropout_p=dropout_p)
+    refuse("tiled", "reference or torch", dropout_p=dropout_p)
     if alibi_slopes is not None and alibi_slopes.requires_grad:
-        raise ValueError("alibi_slopes: the attention kernel 'tiled' has no gradient for them; detach them")
+        raise ValueError(
+            "alibi_slopes: the attention kernel 'tiled' has no gradient for them; detach them, or take reference"
+        )
     if not torch.compiler.is_compiling() and any(fwAD.unpack_dual(x).tangent is not None for x in (q, k, v)):
         raise NotImplementedError("attention kernel 'tiled': no forward-mode derivative; take reference")
     rules = read_rules(

@@ -1,9 +1,9 @@
 """`selfsup attention bench`: how fast a kernel is, after it was seen to be right.
 
 Each kernel is checked in the run itself: densely on a shape that the float64 loop can afford, and by a few
-rows on the timed shape, before the rounds and after them. A wrong one gets no speed. Kernels take turns
-within a round, so that what disturbs the machine hits all. One that may crash belongs under `check` first,
-which has processes for it.
+rows on the timed shape, before the rounds, within one of them and after them. A wrong one gets no speed, and
+as every timed call has fresh numbers, one that remembers gets its own. Kernels take turns within a round, so
+that what disturbs the machine hits all. One that may crash belongs under `check` first: it has processes.
 """
 
 import json
@@ -17,32 +17,12 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from selfsup.conformance import measure, roofline
 from selfsup.conformance.claims import Kernel, KernelRaised, Layout, Target, read_features
 from selfsup.conformance.inputs import DTYPES, Inputs, Shape
-from selfsup.conformance.judge import Finding
-from selfsup.conformance.measure import (
-    Clock,
-    Setting,
-    affordable,
-    calls_a_round,
-    check_dense,
-    check_rows,
-    memory_refusal,
-    peak_bytes,
-    time_round,
-    work,
-)
-from selfsup.conformance.roofline import (
-    Ceilings,
-    Pass,
-    Row,
-    draw,
-    label,
-    measure_ceilings,
-    short,
-    spread,
-    to_markdown,
-)
+from selfsup.conformance.judge import Finding, judge_call
+from selfsup.conformance.measure import Setting
+from selfsup.conformance.roofline import Ceilings, Pass, Row
 from selfsup.durable import write_atomically
 from selfsup.run_folder import environment
 
@@ -51,6 +31,10 @@ GRIDS = {
     "long": [Shape(1, 8, 8, n, n, 64, 64) for n in (1024, 4096, 16384)],
     "lengths": [Shape(max(1, 4096 // n), 4, 4, n, n, 64, 64) for n in (64, 256, 1024, 4096, 16384)],
 }
+ORACLE_SECONDS = 1.0
+"""What the float64 loop may take for the dense check; twice that on a busy machine."""
+
+
 def main_bench(
     targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TARGET [TARGET ...]")],
     /,
@@ -82,12 +66,7 @@ def main_bench(
     if not targets:
         raise ValueError("TARGET: expected at least one kernel, got none")
     shapes = read_grid(grid)
-    if not dtypes or set(dtypes) - set(DTYPES):
-        raise ValueError(f"dtypes: expected some of {', '.join(DTYPES)}, got {' '.join(dtypes) or 'none'}")
-    if rounds < 5:
-        raise ValueError(f"rounds: expected at least 5, for quantiles, got {rounds}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but torch sees none; see selfsup doctor")
+    _check_options(dtypes, rounds, device)
     claimed = None if features is None else tuple(sorted(read_features(_split((features,)))))
     contestants = {name: Target(name, layout, claimed) for name in targets}
     contestants |= {name: Target(name) for name in against if name not in contestants}
@@ -96,7 +75,7 @@ def main_bench(
         out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
 
     facts, seed, base = environment(1, torch.device(device)), secrets.randbelow(2**31), (*against, None)[0]
-    ceilings = measure_ceilings(dtypes, device)
+    ceilings = roofline.measure_ceilings(dtypes, device)
     rows: list[Row] = []
     for dtype in dtypes:
         for shape in shapes:
@@ -107,13 +86,23 @@ def main_bench(
         f"attention{', causal' if causal else ''}: {facts['device']}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} thread(s), {rounds} rounds"
     )
-    text = to_markdown(rows, ceilings, title, base, device)
+    text = roofline.to_markdown(rows, ceilings, title, base, device)
     print(text)
     if out is not None:
         settings = {"causal": causal, "rounds": rounds, "seed": seed, "against": against, "grid": grid}
         write(out, {"title": title, "settings": settings, "environment": facts}, text, rows, ceilings)
     mine = [one for row in rows if row.kernel in targets for one in row.passes.values()]
     return int(any((one.fault or "").startswith("wrong") for one in mine))
+
+
+def _check_options(dtypes: tuple[str, ...], rounds: int, device: str) -> None:
+    """Raises ValueError for the first that cannot be."""
+    if not dtypes or set(dtypes) - set(DTYPES):
+        raise ValueError(f"dtypes: expected some of {', '.join(DTYPES)}, got {' '.join(dtypes) or 'none'}")
+    if rounds < 5:
+        raise ValueError(f"rounds: expected at least 5, for quantiles, got {rounds}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees none; see selfsup doctor")
 
 
 def _split(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -143,23 +132,24 @@ def compare(
     """A row for each kernel: checked, measured, timed in turns, checked again."""
     rows, live = [], []
     for name, kernel in kernels.items():
-        _say(f"{setting.dtype} {label(setting.shape)} {short(name)}: checking")
-        tasks = work(setting.shape, setting.dtype, setting.causal)
+        _say(f"{setting.dtype} {roofline.label(setting.shape)} {roofline.short(name)}: checking")
+        tasks = measure.work(setting.shape, setting.dtype, setting.causal)
         row = Row(name, setting.dtype, setting.shape, {n: Pass(task) for n, task in tasks.items()})
         rows.append(row)
-        if too_large := memory_refusal(setting, kernel, targets[name]):
+        if too_large := measure.memory_refusal(setting, kernel, targets[name]):
             row.fail(too_large)
             continue
         inputs = setting.inputs(kernel)
         check(row, setting, kernel, inputs)
         if row.runs:
-            row.peak_bytes = peak_bytes(setting, kernel, targets[name])
+            row.peak_bytes = measure.peak_bytes(setting, kernel, targets[name])
             live.append((row, kernel, inputs))
-    _say(f"{setting.dtype} {label(setting.shape)}: timing {', '.join(short(row.kernel) for row, *_ in live)}")
-    time_in_turns(live, rounds, setting.device)
+    names = ", ".join(roofline.short(row.kernel) for row, *_ in live)
+    _say(f"{setting.dtype} {roofline.label(setting.shape)}: timing {names}")
+    time_in_turns(setting, live, rounds)
     for row, kernel, inputs in live:
         if row.runs:
-            check_again(row, setting, kernel, inputs)
+            check_again(row, setting, kernel, inputs, rounds + 1)
     return rows
 
 
@@ -168,11 +158,11 @@ def check(row: Row, setting: Setting, kernel: Kernel, inputs: Inputs) -> None:
     gradients = True
     try:
         try:
-            row.first_call, findings = check_rows(setting, kernel, inputs, gradients)
+            row.first_call, findings = measure.check_rows(setting, kernel, inputs, gradients)
         except KernelRaised as error:
             row.fail(f"refused: {error}", "backward")
             gradients = False
-            row.first_call, findings = check_rows(setting, kernel, inputs, gradients)
+            row.first_call, findings = measure.check_rows(setting, kernel, inputs, gradients)
         row.dense_shape = affordable(setting.shape)
         findings += check_dense(setting, kernel, gradients)
     except KernelRaised as error:
@@ -181,13 +171,32 @@ def check(row: Row, setting: Setting, kernel: Kernel, inputs: Inputs) -> None:
     condemn(row, findings)
 
 
-def check_again(row: Row, setting: Setting, kernel: Kernel, inputs: Inputs) -> None:
+def affordable(shape: Shape) -> Shape:
+    """The shape, or a smaller one of its kind: fewer entries and heads, then a length less by whole 128s."""
+
+    def seconds(s: Shape) -> float:  # measured: a query costs 0.1 ms, and 7 ns for each number of k
+        return s.b * s.h * s.l * (1e-4 + s.s * s.d * 7e-9)
+
+    for b, h in ((shape.b, shape.h), (2, 2), (1, 2), (1, 1)):
+        smaller = shape._replace(b=min(b, shape.b), h=min(h, shape.h), hk=min(h, shape.hk))
+        if seconds(smaller) <= ORACLE_SECONDS:
+            return smaller
+    while seconds(smaller) > ORACLE_SECONDS and smaller.l > 128:
+        smaller = smaller._replace(l=smaller.l - 128, s=smaller.s - 128)
+    return smaller
+
+
+def check_dense(setting: Setting, kernel: Kernel, gradients: bool) -> list[Finding]:
+    """Every number, on fresh inputs of the largest shape that is affordable. Raises KernelRaised."""
+    small = setting._replace(shape=affordable(setting.shape)).inputs(kernel, more=1)
+    return judge_call(small, lambda: kernel.answer(small, gradients), gradients)
+
+
+def check_again(row: Row, setting: Setting, kernel: Kernel, inputs: Inputs, turn: int) -> None:
     """Fresh numbers in the very tensors that were timed: who kept a result from before is found out."""
-    fresh = setting.inputs(kernel, more=2)
-    for old, new in zip((*inputs[:3], inputs.grad_out), (*fresh[:3], fresh.grad_out)):
-        old.detach().copy_(new)
+    measure.redraw(inputs, setting.generator(turn))
     try:
-        _, findings = check_rows(setting, kernel, inputs, row.passes["backward"].fault is None)
+        _, findings = measure.check_rows(setting, kernel, inputs, row.passes["backward"].fault is None)
     except KernelRaised as error:
         row.fail(f"refused: after the rounds: {error}")
         return
@@ -201,25 +210,32 @@ def condemn(row: Row, findings: list[Finding], when: str = "") -> None:
         row.fail(f"wrong: {when}{wrong.tensor}: {wrong.fault}")
 
 
-def time_in_turns(live: list[tuple[Row, Kernel, Inputs]], rounds: int, device: str) -> None:
-    """Every kernel once a round, A B C A B C. One that raises is out, with what it said."""
-    clock, calls = Clock(device, flush=True), {}
+def time_in_turns(setting: Setting, live: list[tuple[Row, Kernel, Inputs]], rounds: int) -> None:
+    """Every kernel once a round, A B C A B C, all on the numbers of the round. One that raises is out, with
+    what it said; so is one whose last answer in a round, which nobody can foretell, is wrong."""
+    clock, calls, judged = measure.Clock(setting.device, flush=True), {}, setting.seed % rounds
     for turn in range(-1, rounds):
         for row, kernel, inputs in live:
             backward = row.passes["backward"].fault is None
             if not row.runs:
                 continue
+            draws = setting.generator(turn + 1)
             try:
                 if turn < 0:
-                    calls[row.kernel] = calls_a_round(kernel, inputs, clock, backward)
+                    calls[row.kernel] = measure.calls_a_round(kernel, inputs, clock, backward, draws)
                     continue
-                seconds = time_round(kernel, inputs, clock, backward, calls[row.kernel])
-            except Exception as error:
+                many = calls[row.kernel]
+                seconds, answer = measure.time_round(kernel, inputs, clock, backward, many, draws)
+            except (Exception, SystemExit) as error:
                 row.fail(f"refused: {type(error).__name__}: {str(error).strip()[:300]}")
                 continue
             for one, value in zip(row.passes.values(), seconds):
                 if one.fault is None:
                     one.seconds.append(value)
+            if turn == judged:
+                findings = measure.judge_rows(setting, inputs, answer, ("dq",) if backward else ())
+                condemn(row, findings, "in the rounds: ")
+            del answer  # the next kernel has the memory to itself
 
 
 def set_ratios(rows: list[Row], base: str | None) -> None:
@@ -238,7 +254,7 @@ def write(
     report = about | to_json(rows, ceilings)
     write_atomically(out / "bench.json", json.dumps(report, indent=1).encode())
     write_atomically(out / "bench.md", text.encode())
-    draw(rows, ceilings, about["title"], out / "roofline.png")
+    roofline.draw(rows, ceilings, about["title"], out / "roofline.png")
     print(f"written: {', '.join(str(out / n) for n in ('bench.json', 'bench.md', 'roofline.png'))}")
 
 
@@ -255,7 +271,7 @@ def to_json(rows: list[Row], ceilings: Mapping[str, Ceilings]) -> dict[str, Any]
             "peak_bytes": row.peak_bytes,
         }
         for name, one in row.passes.items():
-            middle = spread(one.seconds)
+            middle = roofline.spread(one.seconds)
             entry[name] = {
                 "fault": one.fault,
                 "flops": one.work.flops,
@@ -264,9 +280,10 @@ def to_json(rows: list[Row], ceilings: Mapping[str, Ceilings]) -> dict[str, Any]
                 "seconds": one.seconds,
                 "seconds_quantiles": middle,
                 "flops_per_second": middle and one.speed,
+                "note": ceilings[row.dtype].excess(one),
                 "share_of_ceiling": middle and ceilings[row.dtype].seconds(one.work) / middle[1],
                 "ratios": one.ratios,
-                "ratio_quantiles": spread(one.ratios),
+                "ratio_quantiles": roofline.spread(one.ratios),
             }
         listed.append(entry)
     return {"ceilings": {name: c._asdict() for name, c in ceilings.items()}, "rows": listed}

@@ -3,52 +3,29 @@
 Levels: core is the forward pass, train the gradients, full whatever else a kernel is trusted with.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from selfsup.conformance import expectations as expect
 from selfsup.conformance import inputs as draws
 from selfsup.conformance import properties
+from selfsup.conformance.case import LEVELS, Case, Level, needs
+from selfsup.conformance.combinations import pairs
 from selfsup.conformance.inputs import InputRecipe, Shape
 from selfsup.conformance.masks import (
     as_infinities,
     bool_mask,
     first_keys_hidden,
     float_mask,
+    in_fp32,
+    laid_out,
     last_keys_hidden,
     lowest,
     padding,
+    returning,
     rows_without_keys,
     segments,
     slopes,
 )
-
-Level = Literal["core", "train", "full"]
-LEVELS: tuple[Level, ...] = ("core", "train", "full")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing that must hold of a kernel."""
-
-    id: str
-    level: Level
-    requires: frozenset[str]
-    make_inputs: InputRecipe
-    expected: expect.Expectation
-    cites: str
-
-    @property
-    def group(self) -> str:
-        """Cases of a group share a process."""
-        return self.id.split("/")[0]
-
-    @property
-    def cost(self) -> int:
-        """Scores to compute."""
-        shape = self.make_inputs.shape
-        return shape.b * shape.h * shape.l * shape.s
 
 
 def cases(level: Level) -> list[Case]:
@@ -57,34 +34,15 @@ def cases(level: Level) -> list[Case]:
     return [case for case in ALL if case.level in kept]
 
 
-def _needs(recipe: InputRecipe, gradients: bool) -> set[str]:
-    """The features that a call with these inputs uses."""
-    shape, options = recipe.shape, recipe.options
-    needs = {recipe.dtype}
-    band = bool(options.get("is_causal")) or "window" in options
-    needs |= {"backward"} if gradients else set()
-    needs |= {"cross"} if shape.l != shape.s else set()
-    needs |= {"value_dim"} if shape.d != shape.dv else set()
-    needs |= {"gqa"} if shape.h != shape.hk else set()
-    needs |= {"causal"} if options.get("is_causal") else set()
-    if band and shape.l != shape.s:
-        needs |= {str(options.get("causal_align", "top_left"))}
-    needs |= {n for n in ("scale", "window", "softcap") if n in options}
-    needs |= {"alibi"} if "alibi_slopes" in options else set()
-    needs |= {"documents"} if "document_ids" in options else set()
-    if options.get("return_lse"):
-        needs |= {"lse", "lse_grad"} if gradients else {"lse"}
-    return needs
-
-
 ALL: list[Case] = []
+USUAL = Shape()
 
 
 def _add(
     id: str,
     cites: str,
     *extra: str,
-    shape: Shape = Shape(),
+    shape: Shape = USUAL,
     dtypes: tuple[str, ...] = ("fp32",),
     draw: draws.Draw = draws.normal,
     layout: str = "contiguous",
@@ -97,11 +55,11 @@ def _add(
     for dtype in dtypes:
         recipe = InputRecipe(shape, dtype, draw, options, layout, grad_layout)
         if forward is not None:
-            needs = frozenset(_needs(recipe, False) | set(extra) - {"mask_grad"})
-            ALL.append(Case(f"{id}-{dtype}", forward, needs, recipe, expect.forward, cites))
+            used = frozenset(needs(recipe, False) | set(extra) - {"mask_grad"})
+            ALL.append(Case(f"{id}-{dtype}", forward, used, recipe, expect.forward, cites))
         if backward is not None:
-            needs = frozenset(_needs(recipe, True) | set(extra))
-            ALL.append(Case(f"{id}-{dtype}-grad", backward, needs, recipe, expect.gradients, cites))
+            used = frozenset(needs(recipe, True) | set(extra))
+            ALL.append(Case(f"{id}-{dtype}-grad", backward, used, recipe, expect.gradients, cites))
 
 
 def _check(
@@ -111,14 +69,14 @@ def _check(
     expected: expect.Expectation,
     level: Level = "full",
     gradients: bool = False,
-    shape: Shape = Shape(),
+    shape: Shape = USUAL,
     dtype: str = "fp32",
     draw: draws.Draw = draws.normal,
     **options: Any,
 ) -> None:
     """A case with an expectation of its own."""
     recipe = InputRecipe(shape, dtype, draw, options)
-    ALL.append(Case(id, level, frozenset(_needs(recipe, gradients) | set(extra)), recipe, expected, cites))
+    ALL.append(Case(id, level, frozenset(needs(recipe, gradients) | set(extra)), recipe, expected, cites))
 
 
 def square(n: int, **sizes: int) -> Shape:
@@ -142,7 +100,7 @@ for n in (33, 65, 129):
 for rows, keys in ((1, 197), (197, 1), (33, 97), (129, 65), (16, 130), (65, 64)):
     _add(f"tail/{rows}x{keys}", "pytorch#153799, pytorch#191937 (s % 32 == 1)", shape=Shape(l=rows, s=keys))
 _add("tail/batches", "batch and head strides mixed up", shape=Shape(b=3, h=5, hk=5, l=17, s=35))
-_add("tail/long", "rounding that grows with the row", shape=Shape(b=1, h=1, hk=1, l=70, s=700), dtypes=HALF,
+_add("tail/long", "rounding that grows with the row", shape=Shape(b=1, h=1, hk=1, l=70, s=1103), dtypes=HALF,
      forward="train", backward="full")  # fmt: skip
 
 # Logits far from zero
@@ -152,6 +110,8 @@ for name, draw in (("very-negative", draws.very_negative), ("very-positive", dra
     cites = "pytorch#196678 (cuDNN NaN dQ), cudnn-frontend#1072" if name == "very-negative" else "pytorch#119320"
     _add(f"logits/{name}", cites, shape=Shape(l=67, s=75), draw=draw, dtypes=HALF)
     _add(f"logits/{name}-tiles", cites, shape=Shape(b=1, l=17, s=192 + 64), draw=draw)
+_add("logits/overflowing", "the scale after the product, in half precision", shape=square(35), draw=draws.overflowing,
+     dtypes=("fp16", "bf16"), scale=2.0**-12)  # fmt: skip
 _add("logits/peaky", "pytorch#125674", shape=square(75), draw=draws.peaky, dtypes=HALF)
 for dtype in ("fp16", "bf16"):
     _check(f"absolute/accumulator-{dtype}", "sums kept in half precision", expected=expect.absolute, level="core",
@@ -194,6 +154,8 @@ for dims in (("l", "s"), ("b", "h", "l", "s"), ("1", "1", "1", "s"), ("b", "1", 
          shape=Shape(b=2, l=35, s=67), attn_mask=float_mask(*dims, grad=True))  # fmt: skip
 _add("mask/half", "mask added in another precision", "float_mask", shape=Shape(b=2, l=35, s=67),
      dtypes=("bf16", "fp16"), attn_mask=float_mask("b", "1", "l", "s"))  # fmt: skip
+_add("mask/wide", "a mask of fp32 ignored or read as fp16", "float_mask", "wide_mask", shape=Shape(b=2, l=35, s=67),
+     dtypes=("bf16", "fp16"), attn_mask=in_fp32(float_mask("b", "1", "l", "s")))  # fmt: skip
 _add("mask/lowest", "a finite lowest number taken for -inf", "float_mask", attn_mask=lowest, shape=Shape(b=2, s=67))
 
 # Rows without a key
@@ -212,7 +174,7 @@ _add("masked/padding", "FA#1778: whole rows of padding", "bool_mask", "masked_ro
 
 # More than one tile of the largest usual size
 _LONG = Shape(1, 1, 1, 300, 410, 16, 16)
-_add("tiles/plain", "sums over tiles", shape=_LONG, dtypes=HALF)
+_add("tiles/plain", "sums over tiles", shape=_LONG, dtypes=THREE)
 for name, draw in (("rising", draws.rising), ("falling", draws.falling), ("cliff", draws.cliff)):
     _add(f"tiles/{name}", "the running maximum and the rescaling", shape=_LONG, draw=draw)
 for align in ("top_left", "bottom_right"):
@@ -229,13 +191,27 @@ _add("tiles/last-keys", "the last tile without a key", "bool_mask", shape=_LONG,
 _add("tiles/mask-grad", "the mask's gradient summed over tiles", "float_mask", "mask_grad", forward=None,
      shape=_LONG, attn_mask=float_mask("1", "1", "1", "s", grad=True))  # fmt: skip
 
+for align in ("top_left", "bottom_right"):  # few queries, many keys: kernels split the keys there
+    _add(f"tiles/split-{align}", "split keys forget causality", shape=Shape(1, 4, 2, 4, 1500, 16, 16), is_causal=True,
+         causal_align=align)  # fmt: skip
+_add("tiles/split-mask", "split keys forget the mask", "bool_mask", shape=Shape(2, 2, 2, 3, 1500, 16, 16),
+     attn_mask=bool_mask("b", "1", "1", "s"))  # fmt: skip
+
+# Two options at a time
+for pair in pairs():
+    _add(f"pairs/{pair.id}", "two options that forget each other", *pair.extra, shape=pair.shape, forward="train",
+         **pair.options)  # fmt: skip
+
 # Memory
-for layout in ("blhd", "fused", "padded", "expanded", "differing"):
+for layout in ("blhd", "fused", "padded", "expanded", "columns", "differing"):
     _add(f"strides/{layout}", "FA#2665, FlagGems#5896, xFormers test_nans_in_padding, pytorch#191937",
          shape=Shape(b=2, h=3, hk=3, l=35, s=35), layout=layout)  # fmt: skip
 for layout in ("transposed", "expanded", "columns"):
     _add(f"strides/grad-{layout}", "FA#355, FA#2611", shape=Shape(b=2, h=3, hk=3, l=35, s=35),
          grad_layout=layout, forward=None)  # fmt: skip
+for layout in ("transposed", "expanded"):
+    _add(f"strides/mask-{layout}", "a mask taken for contiguous", "bool_mask", shape=Shape(b=2, h=3, hk=3, l=19, s=35),
+         attn_mask=laid_out(bool_mask("b", "1", "l", "s"), layout))  # fmt: skip
 _add("strides/cross", "FA#2665", shape=Shape(b=2, h=4, hk=2, l=19, s=41), layout="padded", grad_layout="columns")
 _check("strides/uninitialised", "torch.empty taken for zeros", expected=expect.uninitialised, level="core")
 _check("strides/uninitialised-grad", "torch.empty taken for zeros", expected=expect.uninitialised_gradients,
@@ -279,6 +255,7 @@ _add("alibi/softcap", "ALiBi inside the tanh", shape=square(65), alibi_slopes=sl
 for name, lengths in (("three", (10, 23)), ("single-tokens", (1, 1, 5, 1)), ("tiles", (64, 1, 63)), ("one", (500,))):
     _add(f"documents/{name}", "FA#2562, tilelang#2461: leaks between segments", shape=square(131, b=2),
          document_ids=segments(*lengths))  # fmt: skip
+_add("documents/returning", "documents taken for runs", shape=square(70, b=2), document_ids=returning)
 _add("documents/causal", "FA#2562", shape=square(131, h=4, hk=2), document_ids=segments(50, 31), is_causal=True)
 
 # Nothing to attend to
@@ -292,31 +269,34 @@ _add("double/plain", "float64 computed in float32", shape=square(35), dtypes=("f
 _add("double/causal", "float64 computed in float32", shape=Shape(l=33, s=65), dtypes=("fp64",), is_causal=True)
 
 # Large sizes that a 16-bit or 32-bit index breaks
-_add("large/heads", "xFormers#719, FA PR#1500: a grid axis ends at 65,535", forward="full", backward=None,
+_add("large/heads", "xFormers#719, FA PR#1500: a grid axis ends at 65,535", forward="full", backward="full",
      shape=Shape(8200, 8, 8, 1, 2, 8, 8))  # fmt: skip
 _add("large/keys", "pytorch#187227", forward="full", backward="full", shape=Shape(1, 1, 1, 2, 65_600, 8, 8))
 _add("large/queries", "pytorch#187227", forward="full", backward="full", shape=Shape(1, 1, 1, 65_600, 2, 8, 8))
 
 # Calls that are no plain call
-_check("calls/unchanged", "inputs written to", expected=expect.inputs_unchanged, level="core")
-_check("calls/again", "FA#359: state kept between calls", expected=expect.same_twice, level="core")
-_check("calls/subsets", "pytorch#148476", "float_mask", "mask_grad", expected=expect.gradient_subsets, gradients=True,
-       level="train", attn_mask=float_mask("l", "s", grad=True))  # fmt: skip
+_check("calls/again", "FA#359: state kept between calls", expected=expect.other_inputs_between, level="core")
+_check("calls/backward-twice", "a graph that is used up", expected=expect.backward_twice, level="train", gradients=True)
+_check("calls/subsets", "pytorch#148476", expected=expect.gradient_subsets, level="train", gradients=True)
+_check("calls/subsets-mask", "pytorch#148476", "float_mask", "mask_grad", expected=expect.gradient_subsets,
+       gradients=True, level="train", attn_mask=float_mask("l", "s", grad=True))  # fmt: skip
 _check("calls/deterministic", "FA#1897, FA PR#2481", "deterministic", expected=expect.deterministic, gradients=True,
        shape=Shape(b=2, h=4, hk=4, l=130, s=130))  # fmt: skip
-_check("calls/mixed-dtypes", "triton#5895: k read as another type", expected=expect.mixed_dtypes_raise)
+_check("calls/mask-and-causal", "one of the two is dropped", "bool_mask", expected=expect.forward_or_refused,
+       attn_mask=bool_mask("l", "s"), is_causal=True)  # fmt: skip
+_check("calls/mixed-dtypes", "triton#5895: k read as another type", expected=expect.mixed_dtypes)
 _check("calls/head-counts", "h % hk on heads that do not divide", expected=expect.head_counts_raise)
 _check("calls/second-derivative", "pytorch#116350: silently zero", expected=expect.second_derivative, gradients=True,
        shape=Shape(1, 1, 1, 5, 7, 4, 4))  # fmt: skip
 _check("calls/checkpoint", "state outside of autograd's sight", expected=expect.under_checkpoint, gradients=True)
 _check("calls/compile", "pytorch#146848, #133671", "compile", expected=expect.under_compile, gradients=True)
 _check("calls/compile-dynamic", "shapes baked in", "compile", expected=expect.under_compile_dynamic)
-_check("calls/autocast", "triton#8654", "autocast", "bf16", expected=expect.under_autocast)
+_check("calls/autocast", "triton#8654", "autocast", "bf16", expected=expect.under_autocast, gradients=True)
 _check("calls/vmap", "a batch rule that mixes entries", expected=expect.under_vmap)
 _check("calls/jvp", "forward mode silently zero", expected=expect.under_jvp)
 _check("calls/opcheck", "a fake that lies about shapes or strides", expected=expect.opcheck, gradients=True)
 _check("calls/memory", "an (l, s) matrix after all", "linear_memory", expected=expect.linear_memory, gradients=True,
-       shape=Shape(1, 1, 1, 4096, 4096, 32, 32))  # fmt: skip
+       shape=Shape(1, 1, 1, 8192, 8192, 32, 32))  # fmt: skip
 
 # Dropout
 _check("dropout/share", "probability off", "dropout", expected=properties.dropout_share, level="train")

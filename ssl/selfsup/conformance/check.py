@@ -18,13 +18,14 @@ from selfsup.conformance.run import BAD, Result
 
 GROUPS = (
     ("tail", "tiles", "logits", "absolute", "width", "scale", "large"),
-    ("causal", "mask", "masked", "window", "softcap", "alibi", "documents", "empty"),
+    ("causal", "mask", "masked", "window", "softcap", "alibi", "documents", "empty", "pairs"),
     ("gqa", "lse", "double", "strides", "dropout"),
     ("calls", "property"),
 )
 """Cases that share a process."""
 
 CASE_SECONDS = 120.0
+CRASHES_IN_A_ROW = 4
 START_SECONDS = 300.0
 """For the imports, and a kernel's own first compilation."""
 
@@ -51,10 +52,8 @@ class Report(NamedTuple):
 
     def accepted(self) -> list[str]:
         """The features with a case that was not refused."""
-        used = {case.id: case.requires for case in ALL}
-        ids = {r.id.replace(f"-{self.dtype}", "-fp32") for r in self.results if r.verdict != "REFUSED"}
-        ids |= {r.id for r in self.results if r.verdict != "REFUSED"}
-        return [f for f in FEATURES if any(f in used.get(i, ()) for i in ids)]
+        used = {f for r in self.results if r.verdict != "REFUSED" for f in r.requires}
+        return [f for f in FEATURES if f in used]
 
     def to_json(self) -> dict[str, Any]:
         """`verdict`, `claims`, `cases` and what else a machine may want."""
@@ -97,7 +96,7 @@ def check(
     failed = any(r.verdict in BAD for r in results)
     if results and not errors and not any(r.verdict in ("PASS", *BAD) for r in results):
         errors = ["every case was refused: nothing can be said of it"]
-    verdict = "error" if errors or not results else "fail" if failed else "pass"
+    verdict = "fail" if failed else "error" if errors or not results else "pass"
     return Report(
         target.name,
         level,
@@ -146,15 +145,14 @@ class _Group:
                 worker.stdout.close()
 
     def _listen(self, worker: subprocess.Popen, log: Any) -> bool:
+        """Reads events to the end. True where a new process must go on."""
         started, limit, buffer = None, START_SECONDS, b""
         while True:
             if not select.select([worker.stdout], [], [], limit)[0]:
                 return self._ended("TIMEOUT", started, f"no answer within {limit:g} s")
             chunk = os.read(worker.stdout.fileno(), 1 << 16)
-            if not chunk:
-                if worker.wait() == 0:
-                    return False
-                code = worker.returncode
+            if not chunk:  # before it said that it was done, whatever its exit code
+                code = worker.wait()
                 how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 log.seek(0)
                 return self._ended("CRASH", started, f"{how}: {log.read()[-600:].strip()}")
@@ -165,20 +163,34 @@ class _Group:
                 if "error" in event:
                     self.errors.append(event["error"])
                     return False
+                if "done" in event:
+                    return False
+                if "again" in event:
+                    return self._goes_on()
                 if "ready" in event:
                     self.facts = event
-                    started = None
                 elif "start" in event:
-                    started = event["start"]
+                    started = event
                 else:
                     self.results.append(Result(**event["result"]))
                     started = None
 
-    def _ended(self, verdict: Literal["CRASH", "TIMEOUT"], case: str | None, how: str) -> bool:
+    def _ended(self, verdict: Literal["CRASH", "TIMEOUT"], started: dict[str, Any] | None, how: str) -> bool:
         """Books the case that was under way; without one nothing can be run."""
-        if case is None:
+        if started is None:
             self.errors.append(f"{self.request['target']}: the process ended outside of any case: {how}")
             return False
-        cites = next((c.cites for c in ALL if c.id == case), "")
-        self.results.append(Result(case, verdict, how, cites=cites))
+        case = next((c for c in ALL if c.id == started["start"]), None)
+        facts = {"cites": case.cites, "requires": sorted(case.requires)} if case else {}
+        self.results.append(Result(started["start"], verdict, how, reproducer=started["reproducer"], **facts))
+        return self._goes_on()
+
+    def _goes_on(self) -> bool:
+        """Not after some crashes in a row: the rest would take its time limit for each case."""
+        last = [r.verdict for r in self.results[-CRASHES_IN_A_ROW:]]
+        if len(last) == CRASHES_IN_A_ROW and set(last) <= {"CRASH", "TIMEOUT"}:
+            left = len(set(self.facts["ready"]) - {r.id for r in self.results})
+            names = ", ".join(self.request["groups"])
+            self.errors.append(f"{names}: given up after {CRASHES_IN_A_ROW} crashes in a row, {left} cases not run")
+            return False
         return True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfsup.attention.dispatch import KERNELS
-from selfsup.conformance.inputs import DTYPES, Inputs
+from selfsup.conformance.inputs import DTYPES, Inputs, Shape
 from selfsup.conformance.oracle import Answer
 
 Layout = Literal["BHLD", "BLHD", "THD"]
@@ -32,6 +32,7 @@ FEATURES = {
     "bool_mask": "attn_mask of bool: True = may attend",
     "float_mask": "attn_mask of floats, added to the scores; -inf forbids",
     "mask_grad": "the gradient of a float mask",
+    "wide_mask": "a float mask in fp32 beside q, k, v in half precision",
     "masked_rows": "a row without a key gives exact zeros, in value and gradient",
     "window": "(left, right), both ends inclusive, -1 = no bound",
     "softcap": "softcap * tanh(scores / softcap) before anything is added",
@@ -61,13 +62,16 @@ class Claims:
     features: frozenset[str]
     head_dims: Container[int] | None = None
     """Widths of q, k, v that are claimed; None: any."""
+    length_multiple: int = 1
+    """Numbers of queries and keys that are multiples of this are claimed."""
     declared: bool = True
     """False: found by trying. Then a clean refusal of a shape is no fault, since nothing was said of it."""
 
-    def cover(self, requires: Iterable[str], d: int, dv: int) -> bool:
+    def cover(self, requires: Iterable[str], shape: Shape) -> bool:
         """Whether a case is claimed."""
-        widths = self.head_dims is None or (d in self.head_dims and dv in self.head_dims)
-        return set(requires) <= self.features and widths
+        widths = self.head_dims is None or (shape.d in self.head_dims and shape.dv in self.head_dims)
+        lengths = shape.l % self.length_multiple == 0 == shape.s % self.length_multiple
+        return set(requires) <= self.features and widths and lengths
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Kernel:
         """Calls it on (b, h, l, d) tensors, whatever it takes itself. Raises KernelRaised where it raises."""
         try:
             return self.raw(q, k, v, options)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise KernelRaised(f"{type(error).__name__}: {str(error).strip()[:300]}") from error
 
     def raw(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
@@ -97,7 +101,8 @@ class Kernel:
             return self.call(q, k, v, **options)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         result = self.call(q, k, v, **options) if self.layout == "BLHD" else self._packed(q, k, v, options)
-        return (result[0].transpose(1, 2), *result[1:]) if isinstance(result, tuple) else result.transpose(1, 2)
+        out, lse = read(result, bool(options.get("return_lse")))
+        return out.transpose(1, 2) if lse is None else (out.transpose(1, 2), lse)
 
     def _spoken(self, options: dict[str, Any], square: bool) -> dict[str, Any]:
         """The options as this kernel wants to hear them: only what differs from SDPA's defaults."""
@@ -115,15 +120,17 @@ class Kernel:
         ids = options.pop("document_ids", None)
         ends_q, ends_k = (torch.arange(b + 1) * n for n in (length, keys))
         if ids is not None:
-            ends_q = ends_k = segment_ends(ids)
+            ends = segment_ends(ids)
+            ends_q = ends_k = torch.cat([ends[:1], ends])  # and an empty segment, which is one too
         offsets = {"cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k}
+        longest = {f"max_seqlen_{n[-1]}": int(ends.diff().max()) if len(ends) > 1 else 0 for n, ends in offsets.items()}
+        if self.accepts is not None:
+            options |= {n: size for n, size in longest.items() if n in self.accepts}
         offsets = {n: ends.to(device=q.device, dtype=torch.int32) for n, ends in offsets.items()}
         flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
-        result = self.call(*flat, **offsets, **options)
-        if not isinstance(result, tuple):
-            return result.reshape(b, length, *result.shape[1:])
-        out, lse = result  # lse: (h, t)
-        return out.reshape(b, length, *out.shape[1:]), lse.reshape(-1, b, length).transpose(0, 1)
+        out, lse = read(self.call(*flat, **offsets, **options), bool(options.get("return_lse")))
+        out = out.reshape(b, length, *out.shape[1:])
+        return out if lse is None else (out, lse.reshape(-1, b, length).transpose(0, 1))  # lse: (h, t)
 
     def answer(self, inputs: Inputs, gradients: bool = True) -> Answer:
         """Outputs and gradients. Raises KernelRaised where the kernel does, forward or backward."""
@@ -134,20 +141,42 @@ class Kernel:
             options["attn_mask"] = mask = mask.detach().requires_grad_()
             leaves.append(mask)
         with torch.set_grad_enabled(gradients):
-            result = self(q, k, v, options)
-        out, lse = result if isinstance(result, tuple) else (result, None)
-        if options.get("return_lse") and lse is None:
-            raise KernelRaised("return_lse gave no log-sum-exp")
+            out, lse = self.outputs(q, k, v, options)
         if not gradients:
             return Answer(out, lse)
         outputs, grads = [out], [inputs.grad_out]
-        if lse is not None and lse.requires_grad:
+        if lse is not None:
+            if not lse.requires_grad:
+                raise KernelRaised("the log-sum-exp carries no gradient")
             outputs, grads = [out, lse], [inputs.grad_out, inputs.grad_lse.to(lse.dtype)]
-        try:
-            wanted = torch.autograd.grad(outputs, leaves, grads)
-        except Exception as error:
-            raise KernelRaised(f"backward: {type(error).__name__}: {str(error).strip()[:300]}") from error
+        wanted = gradients_of(outputs, leaves, grads)
         return Answer(out.detach(), None if lse is None else lse.detach(), *wanted)
+
+    def outputs(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The output, and the log-sum-exp where it is asked for. Raises KernelRaised."""
+        try:
+            return read(self(q, k, v, options), bool(options.get("return_lse")))
+        except TypeError as error:
+            raise KernelRaised(str(error)) from error
+
+
+def read(result: Any, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """The output and, where asked for, the log-sum-exp behind it; what else came is let go. Raises TypeError."""
+    parts = result if isinstance(result, tuple | list) else (result,)
+    if not parts or not isinstance(parts[0], Tensor):
+        raise TypeError(f"expected a tensor, or a tuple that begins with one; {type(result).__name__} came back")
+    if return_lse and (len(parts) < 2 or not isinstance(parts[1], Tensor)):
+        raise TypeError("return_lse: no log-sum-exp came back")
+    return parts[0], parts[1] if return_lse else None
+
+
+def gradients_of(outputs: list[Tensor], leaves: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:
+    """torch.autograd.grad; None for a leaf that the outputs are cut off from. Raises KernelRaised."""
+    try:
+        found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    except Exception as error:
+        raise KernelRaised(f"backward: {type(error).__name__}: {str(error).strip()[:300]}") from error
+    return [torch.zeros_like(x) if g is None and not x.numel() else g for x, g in zip(leaves, found)]
 
 
 def segment_ends(ids: Tensor) -> Tensor:
@@ -161,6 +190,7 @@ def segment_ends(ids: Tensor) -> Tensor:
 def attention_kernel(
     *features: str,
     head_dims: Container[int] | None = None,
+    length_multiple: int = 1,
     layout: Layout = "BHLD",
     causal_align: str = "top_left",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -169,7 +199,7 @@ def attention_kernel(
     @attention_kernel("fp32", "bf16", "backward", "causal", head_dims=range(16, 129, 8))
     def mine(q, k, v, is_causal=False, scale=None): ...
     """
-    claims = Claims(read_features(features), head_dims)
+    claims = Claims(read_features(features), head_dims, length_multiple)
 
     def declare(function: Callable[..., Any]) -> Callable[..., Any]:
         function.attention_claims = (claims, layout, causal_align)
@@ -217,8 +247,8 @@ class Target(NamedTuple):
         if self.layout is not None:
             kernel = replace(kernel, layout=self.layout)
         if self.features is not None:
-            widths = kernel.claims.head_dims if kernel.claims else None
-            kernel = replace(kernel, claims=Claims(read_features(self.features), widths))
+            said = kernel.claims or Claims(frozenset())
+            kernel = replace(kernel, claims=replace(said, features=read_features(self.features)))
         return kernel
 
 
@@ -231,8 +261,8 @@ def _find(name: str) -> Callable[..., Any]:
     try:
         is_file = module_name.endswith(".py")
         module = load_file(Path(module_name)) if is_file else importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"{module_name}: cannot be imported: {error}") from error
+    except (ImportError, SystemExit) as error:
+        raise ValueError(f"{module_name}: cannot be imported: {type(error).__name__} {error}") from error
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):

@@ -110,6 +110,10 @@ def show(report: Report, console: Console) -> None:
         console.print(f"\n... and {len(bad) - SHOWN} more: {dict(rest)}; --json has them all", highlight=False)
     for error in report.errors:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+    if report.level != "core" and report.results and "backward" not in report.accepted():
+        console.print("forward only: it gives no gradients", highlight=False)
+    if len(refused) > len(report.results) / 2:
+        console.print(f"most cases were refused: little is known of what {report.target} was not asked", highlight=False)
     passed = sum(r.verdict == "PASS" for r in report.results)
     console.print(
         f"\n{report.verdict}: {passed} of {len(report.results)} passed, {len(refused)} refused, {len(bad)} wrong; "

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from selfsup.conformance.claims import Kernel, KernelRaised
+from selfsup.conformance.claims import Kernel, KernelRaised, gradients_of, read
 from selfsup.conformance.inputs import InputRecipe, Inputs
-from selfsup.conformance.judge import TENSORS, Finding, compare, judge
+from selfsup.conformance.judge import TENSORS, Finding, compare, expectation, judge, judge_call, judged
 from selfsup.conformance.oracle import Answer, plain, truth
 
 Expectation = Callable[[Kernel, InputRecipe, int, str], list[Finding]]
@@ -27,19 +27,28 @@ class NotApplicable(Exception):
 def forward(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
     """Output (and log-sum-exp) by the rule of judge.py."""
     inputs = recipe(seed, device)
-    return judge(inputs, kernel.answer(inputs, gradients=False))
+    return judge_call(inputs, lambda: kernel.answer(inputs, gradients=False), gradients=False)
 
 
 def gradients(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
     """The same with the gradients of q, k, v, and of a float mask that wants one."""
     inputs = recipe(seed, device)
-    return judge(inputs, kernel.answer(inputs))
+    return judge_call(inputs, lambda: kernel.answer(inputs))
+
+
+def forward_or_refused(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
+    """Right, or refused, whatever is claimed: two options of which one must not be dropped in silence."""
+    try:
+        return forward(kernel, recipe, seed, device)
+    except KernelRaised as error:
+        raise NotApplicable(f"refused, as it may: {str(error)[:80]}") from error
 
 
 def absolute(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
     """Within 4 eps of float64, element by element: what the plain run forgives as well is not forgiven here."""
     inputs = recipe(seed, device)
-    out, right = kernel.answer(inputs, gradients=False).out.double().cpu(), truth(inputs, gradients=False).out
+    right = truth(inputs, gradients=False).out
+    out = kernel.answer(inputs, gradients=False).out.double().cpu()
     eps = torch.finfo(inputs.q.dtype).eps
     relative = float(((out - right).abs() / right.abs()).max()) if out.isfinite().all() else float("inf")
     fault = None if relative <= 4 * eps else f"relative error {relative:.2g}, limit 4 eps = {4 * eps:.2g}"
@@ -75,22 +84,31 @@ def _verdict(name: str, fault: str | None) -> list[Finding]:
     return [Finding(name, fault, 0.0)]
 
 
-def inputs_unchanged(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
-    """q, k and v are as they were."""
-    inputs = recipe(seed, device)
-    before = [x.clone() for x in inputs[:3]]
-    kernel.answer(inputs, gradients=False)
-    changed = [n for n, x, y in zip("qkv", inputs[:3], before) if not torch.equal(x, y)]
-    return _verdict("inputs", f"{', '.join(changed)} written to" if changed else None)
-
-
-def same_twice(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
-    """The second call, after one with other inputs, gives what the first gave, bit for bit."""
+def other_inputs_between(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
+    """The second call, after one with other inputs, gives what the first gave; and new numbers in the same
+    tensors are seen."""
     inputs, other = recipe(seed, device), recipe(seed + 1, device)
     first = kernel.answer(inputs, gradients=False).out.clone()
     kernel.answer(other, gradients=False)
     again = kernel.answer(inputs, gradients=False).out
-    return _verdict("out", None if torch.equal(first, again) else "another result for the same inputs")
+    if not torch.equal(first, again):
+        return _verdict("out", "another result for the same inputs")
+    for x, y in zip(inputs[:3], other[:3]):
+        x.copy_(y)
+    return judge_call(inputs, lambda: kernel.answer(inputs, gradients=False), gradients=False)
+
+
+def backward_twice(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
+    """A graph that is kept gives the same gradients once more."""
+    inputs = recipe(seed, device)
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out, _ = kernel.outputs(*leaves, {})
+    expected = expectation(inputs)
+    try:
+        torch.autograd.grad(out, leaves, inputs.grad_out, retain_graph=True)
+    except Exception as error:
+        raise KernelRaised(f"backward: {error}") from error
+    return judged(expected, Answer(out.detach(), None, *gradients_of([out], leaves, [inputs.grad_out])))
 
 
 def deterministic(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
@@ -105,57 +123,65 @@ def deterministic(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -
 
 
 def gradient_subsets(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
-    """Every choice of q, k, v and the mask to want a gradient gives the right ones."""
+    """Every choice of q, k, v (and a float mask) to want a gradient gives the right ones."""
     inputs = recipe(seed, device)
     right, expected = truth(inputs), plain(inputs)
-    names, findings = ("dq", "dk", "dv", "dmask"), []
-    for wanted in itertools.chain.from_iterable(itertools.combinations(range(4), n) for n in (1, 2, 3, 4)):
-        leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((*inputs[:3], inputs.options["attn_mask"]))]
-        out = kernel(*leaves[:3], {"attn_mask": leaves[3]})
-        try:
-            grads = torch.autograd.grad(out, [leaves[i] for i in wanted], inputs.grad_out)
-        except Exception as error:
-            raise KernelRaised(f"backward to {[names[i] for i in wanted]}: {error}") from error
-        for i, grad in zip(wanted, grads):
-            name = names[i]
-            reference = getattr(right, name), getattr(expected, name)
-            finding = compare(name, grad, *reference, inputs.q.dtype, right)
+    mask = inputs.options.get("attn_mask")
+    tensors = [*inputs[:3]] if mask is None else [*inputs[:3], mask]
+    names, findings = ("dq", "dk", "dv", "dmask")[: len(tensors)], []
+    sizes = range(1, len(tensors) + 1)
+    for wanted in itertools.chain.from_iterable(itertools.combinations(range(len(tensors)), n) for n in sizes):
+        leaves = [x.detach().clone().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
+        out, _ = kernel.outputs(*leaves[:3], {} if mask is None else {"attn_mask": leaves[3]})
+        chosen = [names[i] for i in wanted]
+        for name, grad in zip(chosen, gradients_of([out], [leaves[i] for i in wanted], [inputs.grad_out])):
+            if grad is None:
+                findings.append(Finding(name, f"with only {chosen}: did not come back", 0.0))
+                continue
+            finding = compare(name, grad, getattr(right, name), getattr(expected, name), inputs.q.dtype, right)
             if finding.fault:
-                findings.append(finding._replace(fault=f"with only {[names[j] for j in wanted]}: {finding.fault}"))
+                findings.append(finding._replace(fault=f"with only {chosen}: {finding.fault}"))
     return findings or _verdict("all", None)
 
 
-def _must_raise(call: Callable[[], object], what: str) -> list[Finding]:
+def mixed_dtypes(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
+    """q of one dtype with k and v of another is refused, or computed as written."""
+    inputs = recipe(seed, device)
+    other = torch.float16 if inputs.q.dtype != torch.float16 else torch.float32
+    inputs = inputs._replace(k=inputs.k.to(other), v=inputs.v.to(other))
+    right = truth(inputs, gradients=False).out
     try:
-        call()
+        out, _ = kernel.outputs(*inputs[:3], {})
     except KernelRaised:
         return _verdict("call", None)
-    return _verdict("call", f"{what}: numbers came back")
-
-
-def mixed_dtypes_raise(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
-    """q of one dtype with k and v of another is refused."""
-    q, k, v = recipe(seed, device)[:3]
-    other = torch.float16 if q.dtype != torch.float16 else torch.float32
-    return _must_raise(lambda: kernel(q, k.to(other), v.to(other), {}), f"q in {q.dtype}, k and v in {other}")
+    error, limit = (out.double().cpu() - right).abs().max(), 8 * torch.finfo(torch.float16).eps * right.abs().max()
+    wrong = not error <= limit
+    return _verdict("call", f"q in {inputs.q.dtype}, k and v in {other}: wrong numbers came back" if wrong else None)
 
 
 def head_counts_raise(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
     """Five query heads with two key heads are refused."""
     inputs = recipe.at(recipe.shape._replace(h=5, hk=2))(seed, device)
-    return _must_raise(lambda: kernel(*inputs[:3], inputs.options), "5 query heads with 2 key heads")
+    try:
+        kernel(*inputs[:3], inputs.options)
+    except KernelRaised:
+        return _verdict("call", None)
+    return _verdict("call", "5 query heads with 2 key heads: numbers came back")
+
+
+_SECOND = "wrong; a backward pass that is not differentiable must raise where torch.is_grad_enabled()"
 
 
 def second_derivative(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
     """Right, or refused: never zero in silence."""
     inputs = recipe(seed, device)
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    out = kernel(*leaves, {})
+    out, _ = kernel.outputs(*leaves, {})
     try:
         grads = torch.autograd.grad(out, leaves, inputs.grad_out, create_graph=True)
         loss = sum(g.square().sum() for g in grads) + (out * inputs.grad_out).sum()  # a part needs no second
         second = torch.autograd.grad(loss, leaves)
-    except RuntimeError as error:
+    except Exception as error:
         raise NotApplicable(f"refused, as it may: {str(error)[:80]}") from error
     doubles = [x.detach().double().requires_grad_() for x in inputs[:3]]
     right = (doubles[0] @ doubles[1].mT * doubles[0].shape[-1] ** -0.5).softmax(-1) @ doubles[2]
@@ -165,7 +191,7 @@ def second_derivative(kernel: Kernel, recipe: InputRecipe, seed: int, device: st
     eps, findings = torch.finfo(inputs.q.dtype).eps, []
     for name, x, r in zip(("d2q", "d2k", "d2v"), second, expected):
         wrong = float((x.double() - r).abs().max()) > 1000 * eps * float(r.abs().max())
-        findings.append(Finding(name, "second derivative wrong" if wrong else None, 0.0))
+        findings.append(Finding(name, _SECOND if wrong else None, 0.0))
     return findings
 
 
@@ -177,7 +203,7 @@ def _same_as_called(inputs: Inputs, call: Callable[..., Tensor]) -> list[Finding
         grads = torch.autograd.grad(out, leaves, inputs.grad_out)
     except Exception as error:
         raise KernelRaised(f"{type(error).__name__}: {str(error).strip()[:300]}") from error
-    return judge(inputs, Answer(out.detach(), None, *grads))
+    return judge(inputs, Answer(read(out, False)[0].detach(), None, *grads))
 
 
 def under_checkpoint(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
@@ -209,10 +235,14 @@ def under_compile_dynamic(kernel: Kernel, recipe: InputRecipe, seed: int, device
 def under_autocast(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
     """fp32 in, autocast to bf16: the output is bf16 (as torch's own), right for bf16."""
     inputs = recipe(seed, device)
+    rounded = inputs._replace(**{n: getattr(inputs, n).to(torch.bfloat16) for n in ("q", "k", "v", "grad_out")})
+    expected, leaves = expectation(rounded), [x.detach().requires_grad_() for x in inputs[:3]]
     with torch.autocast(device, dtype=torch.bfloat16):
-        out = kernel.answer(inputs, gradients=False).out
-    rounded = inputs._replace(**{n: getattr(inputs, n).to(torch.bfloat16) for n in "qkv"})
-    return judge(rounded, Answer(out))
+        out, _ = kernel.outputs(*leaves, {})
+    grads = gradients_of([out], leaves, [rounded.grad_out.to(out.dtype)])
+    if any(g is not None and g.dtype != torch.float32 for g in grads):
+        return _verdict("gradients", "expected fp32 for fp32 inputs")
+    return judged(expected, Answer(out.detach(), None, *(None if g is None else g.to(torch.bfloat16) for g in grads)))
 
 
 def under_vmap(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
@@ -251,13 +281,13 @@ def opcheck(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list
 
 
 def linear_memory(kernel: Kernel, recipe: InputRecipe, seed: int, device: str) -> list[Finding]:
-    """Forward and backward, the peak stays under half of one (l, s) matrix."""
+    """Forward and backward, the peak stays under half of an (l, s) matrix of single bytes."""
     inputs = recipe(seed, device)
     kernel.answer(recipe.at(recipe.shape._replace(l=64, s=64))(seed, device))  # what is loaded once
     peak = peak_memory(lambda: kernel.answer(inputs), device)
     if peak is None:
         raise NotApplicable("peak memory is not known here")
-    limit = recipe.shape.l * recipe.shape.s * inputs.q.element_size() // 2
+    limit = recipe.shape.l * recipe.shape.s // 2
     fault = f"{peak >> 20} MiB, limit {limit >> 20} MiB" if peak > limit else None
     return _verdict("memory", fault)
 

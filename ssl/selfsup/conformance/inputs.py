@@ -62,7 +62,8 @@ class InputRecipe:
         for name, value in options.items():
             if isinstance(value, Tensor):
                 value = value.to(device)
-                options[name] = value.to(dtype) if name == "attn_mask" and value.is_floating_point() else value
+                # A mask of fp64 is about no dtype; one of fp32 stays so, beside half precision too.
+                options[name] = value.to(dtype) if name == "attn_mask" and value.dtype == torch.float64 else value
         if shape.h != shape.hk:
             options["enable_gqa"] = True
         grad_out = torch.randn(shape.b, shape.h, shape.l, shape.dv, generator=generator, dtype=torch.float64)
@@ -141,6 +142,12 @@ def constant(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     return torch.ones_like(q) * 0.5, torch.ones_like(k), v
 
 
+def overflowing(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Products that overflow fp16 unless the scale, 2^-12, comes first or sums are wide; logits of some units."""
+    q, k, v = normal(shape, generator)
+    return q * 64, k * 64, v
+
+
 def lost_in_the_sum(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """v starts with one large row, then small ones: an accumulator in half precision loses them all.
 
@@ -186,6 +193,11 @@ def _expanded(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [q.contiguous(), k[:, :1].contiguous().expand_as(k), v[:, :1].contiguous().expand_as(v)]
 
 
+def _columns(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Transposed in memory: neighbours along the width are far apart."""
+    return [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+
+
 def _strides_differ(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """Each of the three lies another way: a kernel that takes one's strides for another's reads nonsense."""
     return [q.contiguous(), _blhd(q, k, v)[1], v.transpose(2, 3).contiguous().transpose(2, 3)]
@@ -197,6 +209,7 @@ LAYOUTS = {
     "fused": _fused,
     "padded": _padded,
     "expanded": _expanded,
+    "columns": _columns,
     "differing": _strides_differ,
 }
 GRAD_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -12,6 +12,7 @@ computes exp(score - log-sum-exp) rounds both: twice what that changes is added,
 fp64 for fp64), where it matters for logits far from zero only.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from selfsup.conformance.inputs import Inputs
 from selfsup.conformance.oracle import Answer, plain, truth, visible
-
 
 TENSORS = ("out", "lse", "dq", "dk", "dv", "dmask")
 
@@ -36,15 +36,34 @@ class Finding(NamedTuple):
     """Wrong without a sign: False for NaN or infinity, which nobody takes for a result."""
 
 
-def judge(inputs: Inputs, answer: Answer) -> list[Finding]:
-    """One finding for each tensor of the answer."""
-    gradients = answer.dq is not None
+class Expected(NamedTuple):
+    """What a call must give, computed before the kernel has had the inputs in its hands."""
+
+    right: Answer
+    usual: Answer
+    """The plain run."""
+    dead: dict[str, Tensor]
+    dtype: torch.dtype
+
+
+def expectation(inputs: Inputs, gradients: bool = True) -> Expected:
+    """The float64 loop, the plain run, and where zeros are exact."""
     right = truth(inputs, gradients)
-    expected = right if min(inputs.q.numel(), inputs.k.numel()) == 0 else plain(inputs, gradients)
-    dead = _structural_zeros(inputs, right)
+    usual = right if min(inputs.q.numel(), inputs.k.numel()) == 0 else plain(inputs, gradients)
+    return Expected(right, usual, _structural_zeros(inputs, right), inputs.q.dtype)
+
+
+def judge(inputs: Inputs, answer: Answer) -> list[Finding]:
+    """One finding for each tensor of an answer to inputs that are as they were."""
+    gradients = any(x is not None for x in (answer.dq, answer.dk, answer.dv))
+    return judged(expectation(inputs, gradients), answer)
+
+
+def judged(expected: Expected, answer: Answer) -> list[Finding]:
+    """The same with the expectation at hand."""
     findings = []
     for name in TENSORS:
-        x, r, p = getattr(answer, name), getattr(right, name), getattr(expected, name)
+        x, r, p = getattr(answer, name), getattr(expected.right, name), getattr(expected.usual, name)
         if r is None:
             if x is not None:
                 findings.append(Finding(name, "came back, but was not asked for", 0.0))
@@ -52,8 +71,19 @@ def judge(inputs: Inputs, answer: Answer) -> list[Finding]:
         if x is None:
             findings.append(Finding(name, "did not come back", 0.0))
             continue
-        findings.append(compare(name, x, r, p, inputs.q.dtype, right, dead.get(name)))
+        findings.append(compare(name, x, r, p, expected.dtype, expected.right, expected.dead.get(name)))
     return findings
+
+
+def judge_call(inputs: Inputs, call: Callable[[], Answer], gradients: bool = True) -> list[Finding]:
+    """Calls the kernel and judges what comes back; what it was given must be as it was, bit for bit."""
+    expected = expectation(inputs, gradients)
+    given = {n: getattr(inputs, n) for n in ("q", "k", "v", "grad_out", "grad_lse")}
+    given |= {n: x for n, x in inputs.options.items() if isinstance(x, Tensor)}
+    before = {n: x.detach().clone() for n, x in given.items() if x is not None}
+    findings = judged(expected, call())
+    changed = [n for n, x in before.items() if not torch.equal(x, given[n])]
+    return [*findings, Finding(", ".join(changed), "written to", 0.0)] if changed else findings
 
 
 def compare(
@@ -71,7 +101,7 @@ def compare(
         return Finding(name, f"shape {tuple(x.shape)}, expected {tuple(r.shape)}", 0.0)
     if name == "lse":  # one number a row
         x, r, p = x[..., None], r[..., None], p[..., None]
-        if x.dtype != torch.promote_types(dtype, torch.float32):
+        if x.dtype not in (torch.promote_types(dtype, torch.float32), torch.float64):
             return Finding(name, f"dtype {x.dtype}, expected fp32 (fp64 for fp64)", 0.0)
     elif x.dtype != dtype:
         return Finding(name, f"dtype {x.dtype}, expected {dtype}", 0.0)

@@ -12,6 +12,6 @@ def test_attention(attention_case, pytestconfig):
         pytest.skip(f"refused: {result.detail}")
     if result.verdict in BAD:
         pytest.fail(
-            f"{result.verdict} {result.id}: {result.detail}\nresembles: {result.cites}\n\n{result.reproducer}",
+            f"{result.verdict} {result.id}: {result.detail}\nresembles: {result.cites}\n\n{result.reproducer or ''}",
             pytrace=False,
         )

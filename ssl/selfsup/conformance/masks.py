@@ -6,7 +6,6 @@ from torch import Tensor
 from selfsup.conformance.inputs import Option, Shape
 
 
-
 def bool_mask(*dims: str) -> Option:
     """Random, 60% allowed, the first key always; dims out of "b", "h", "l", "s", or "1" for a broadcast one."""
 
@@ -92,3 +91,26 @@ def slopes(*dims: str) -> Option:
         return by_head if dims == ("h",) else by_head * torch.linspace(0.5, 1.5, shape.b).double()[:, None]
 
     return draw
+
+
+def laid_out(mask: Option, layout: str) -> Option:
+    """The mask as a view: "transposed" in memory, or "expanded" to (b, h, l, s) by strides of 0."""
+
+    def view(shape: Shape, generator: torch.Generator) -> Tensor:
+        drawn = mask(shape, generator)
+        if layout == "expanded":
+            return drawn.expand(shape.b, shape.h, shape.l, shape.s)
+        return drawn.mT.contiguous().mT
+
+    return view
+
+
+def in_fp32(mask: Option) -> Option:
+    """The mask in fp32, whatever q is in."""
+    return lambda shape, generator: mask(shape, generator).float()
+
+
+def returning(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Documents 0, 1 and 0 again: equal ids belong together, wherever they stand."""
+    place = torch.arange(shape.s) * 3 // max(1, shape.s)
+    return (place == 1).long().expand(shape.b, -1).clone()

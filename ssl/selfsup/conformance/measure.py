@@ -14,20 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from selfsup.conformance.claims import Kernel, KernelRaised, Target
+from selfsup.conformance.claims import Kernel, KernelRaised, Target, read
 from selfsup.conformance.expectations import peak_memory
 from selfsup.conformance.inputs import DTYPES, InputRecipe, Inputs, Shape
-from selfsup.conformance.judge import Finding, judge
+from selfsup.conformance.judge import Finding, expectation, judged
 from selfsup.conformance.oracle import Answer
 
-ORACLE_SECONDS = 1.0
-"""What the float64 loop may take for the dense check; twice that on a busy machine."""
 ROWS_CHECKED = 8
 SCORES_KEPT = 6
 """fp32 matrices of (l, s) that plain attention may hold at its peak: scores, weights, gradients, copies."""
-PEAK_SECONDS = 1800
+PEAK_SECONDS, EXIT_SECONDS = 1800, 10
 ROUND_SECONDS = 0.02
 """A short call is repeated within a round for about so long; the round counts with its median."""
 FLUSH_BYTES = 256 << 20
@@ -93,6 +91,18 @@ class Setting(NamedTuple):
         """Drawn from the seed plus `more`."""
         return self.recipe(kernel)(self.seed + more, self.device)
 
+    def generator(self, turn: int) -> Generator:
+        """Of the numbers of one round, the same for all kernels."""
+        seed = np.random.SeedSequence((self.seed, turn)).generate_state(1)[0]
+        return Generator(self.device).manual_seed(int(seed))
+
+
+def redraw(inputs: Inputs, generator: Generator) -> None:
+    """Fresh normal numbers in the very tensors of a call; by their places, not by how they lie in memory."""
+    for old in (*inputs[:3], inputs.grad_out):
+        wide = torch.promote_types(old.dtype, torch.float32)
+        old.detach().copy_(torch.randn(old.shape, generator=generator, dtype=wide, device=old.device))
+
 
 class Clock:
     """Seconds that a call takes on a device."""
@@ -124,91 +134,87 @@ class Clock:
         return result, self.start.elapsed_time(self.end) / 1e3 + (stray if stray > 1e-4 else 0.0)
 
 
-def time_pass(kernel: Kernel, inputs: Inputs, clock: Clock, backward: bool) -> tuple[float, float]:
-    """Seconds of a forward pass and of the backward pass of its graph: NaN where that is not wanted.
+def time_round(
+    kernel: Kernel, inputs: Inputs, clock: Clock, backward: bool, calls: int, draws: Generator
+) -> tuple[list[float], Answer]:
+    """Median seconds of several forward and backward passes, NaN where not wanted, and the last answer.
 
+    Each call has numbers of its own, drawn beforehand: who remembers results by their inputs gains nothing.
     Each graph is walked once: nothing is retained, and no gradient is added to an old one.
     """
-    leaves = [x.detach().requires_grad_(backward) for x in inputs[:3]]
-    with torch.set_grad_enabled(backward):
-        out, forward = clock.time(lambda: kernel.raw(*leaves, inputs.options))
-    if not backward:
-        return forward, float("nan")
-    return forward, clock.time(lambda: torch.autograd.grad(out, leaves, inputs.grad_out))[1]
+    seconds = []
+    for _ in range(calls):
+        out = answer = grads = None  # the memory is free for the next call
+        redraw(inputs, draws)
+        leaves = [x.detach().requires_grad_(backward) for x in inputs[:3]]
+        with torch.set_grad_enabled(backward):
+            result, forward = clock.time(lambda x=leaves: kernel.raw(*x, inputs.options))
+        out, after, grads = read(result, False)[0], float("nan"), ()
+        if backward:
+            grads, after = clock.time(lambda o=out, x=leaves: torch.autograd.grad(o, x, inputs.grad_out))
+        answer, result = Answer(out.detach(), None, *grads), None
+        seconds.append((forward, after))
+    return np.median(seconds, axis=0).tolist(), answer
 
 
-def time_round(kernel: Kernel, inputs: Inputs, clock: Clock, backward: bool, calls: int) -> list[float]:
-    """The medians of several calls, forward and backward."""
-    return np.median([time_pass(kernel, inputs, clock, backward) for _ in range(calls)], axis=0).tolist()
-
-
-def calls_a_round(kernel: Kernel, inputs: Inputs, clock: Clock, backward: bool) -> int:
+def calls_a_round(kernel: Kernel, inputs: Inputs, clock: Clock, backward: bool, draws: Generator) -> int:
     """How many calls fill ROUND_SECONDS; from a second call, as the first warms up."""
-    time_pass(kernel, inputs, clock, backward)
-    once = np.nansum(time_pass(kernel, inputs, clock, backward))
-    return int(np.clip(ROUND_SECONDS / max(once, 1e-9), 1, 100))
-
-
-def affordable(shape: Shape) -> Shape:
-    """The shape, or a smaller one of its kind: fewer entries and heads, then a length less by whole 64s."""
-
-    def seconds(s: Shape) -> float:  # measured: a query costs 0.1 ms, and 7 ns for each number of k
-        return s.b * s.h * s.l * (1e-4 + s.s * s.d * 7e-9)
-
-    for b, h in ((shape.b, shape.h), (2, 2), (1, 2), (1, 1)):
-        smaller = shape._replace(b=min(b, shape.b), h=min(h, shape.h), hk=min(h, shape.hk))
-        if seconds(smaller) <= ORACLE_SECONDS:
-            return smaller
-    while seconds(smaller) > ORACLE_SECONDS and smaller.l > 64:
-        smaller = smaller._replace(l=smaller.l - 64, s=smaller.s - 64)
-    return smaller
-
-
-def check_dense(setting: Setting, kernel: Kernel, gradients: bool) -> list[Finding]:
-    """Every number, on fresh inputs of the largest shape that is affordable. Raises KernelRaised."""
-    small = setting._replace(shape=affordable(setting.shape)).inputs(kernel, more=1)
-    return judge(small, kernel.answer(small, gradients))
+    times = [time_round(kernel, inputs, clock, backward, 1, draws)[0] for _ in range(2)]
+    return int(np.clip(ROUND_SECONDS / max(np.nansum(times[1]), 1e-9), 1, 100))
 
 
 def check_rows(
     setting: Setting, kernel: Kernel, inputs: Inputs, gradients: bool
 ) -> tuple[float, list[Finding]]:
-    """One call on the timed shape: its seconds, and findings on a few rows that the float64 loop can afford.
+    """One call on the timed shape: its seconds, and findings on a few rows.
 
     Only these rows get a gradient back, so that they alone make up dk and dv, and all else has to be zero.
     Raises KernelRaised.
     """
-    b, h, _, length, keys, *_ = setting.shape
+    chosen = torch.zeros(*inputs.grad_out.shape[:3], 1, dtype=torch.bool, device=setting.device)
+    chosen[_some_rows(setting)] = True
+    sparse = inputs._replace(grad_out=inputs.grad_out * chosen)
+    answer, seconds = Clock(setting.device).time(lambda: kernel.answer(sparse, gradients))
+    findings = judge_rows(setting, inputs, answer, ("dq", "dk", "dv") if gradients else ())
+    used = chosen.any(2, keepdim=True)
+    for name, where in (("dq", chosen), ("dk", used), ("dv", used)):
+        x = getattr(answer, name)
+        if x is not None and (x.masked_fill(where, 0) != 0).any():
+            findings.append(Finding(name, "not zero where no gradient came in", 0.0))
+    return seconds, findings
+
+
+def judge_rows(setting: Setting, inputs: Inputs, answer: Answer, grads: tuple[str, ...]) -> list[Finding]:
+    """The output and some gradients on a few rows that the float64 loop can afford.
+
+    A row of dq needs no other row's gradient; dk and dv do, and are judged as if no other row had one.
+    """
+    if answer.out.shape != inputs.grad_out.shape:
+        got = f"shape {tuple(answer.out.shape)}, expected {tuple(inputs.grad_out.shape)}"
+        return [Finding("out", got, 0.0)]
+    batch, heads, rows = at = _some_rows(setting)
+    whole = batch[:, :, 0], heads[:, 0]
+    kept = zip((*inputs[:3], inputs.grad_out), (at, whole, whole, at))
+    q, k, v, grad_out = (x.detach()[i] for x, i in kept)
+    causal = torch.arange(setting.shape.s, device=rows.device) <= rows[:, None]
+    cut = Inputs(q, k, v, {"attn_mask": causal} if setting.causal else {}, grad_out, None)
+    expected = expectation(cut, bool(grads))
+    unasked = dict.fromkeys({"dq", "dk", "dv"} - set(grads))
+    given = {n: x[at if n == "dq" else whole] for n in grads if (x := getattr(answer, n)) is not None}
+    right = expected.right._replace(**unasked)
+    findings = judged(expected._replace(right=right), Answer(answer.out.detach()[at], **given))
+    places = [x.flatten().tolist() for x in (rows, batch, heads)]
+    where = " (of a cut: queries {}, entries {}, heads {})".format(*places)
+    return [f._replace(fault=f.fault and f.fault + where) for f in findings]
+
+
+def _some_rows(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch entries, heads and queries, the outermost among them, as an index of (b, h, l, d)."""
+    b, h, _, length, *_ = setting.shape
     some = np.random.default_rng(setting.seed).choice(length, min(length, ROWS_CHECKED - 2), replace=False)
     indices = np.unique([0, b - 1]), np.unique([0, h - 1]), np.union1d(some, [0, length - 1])
     batch, heads, rows = (torch.from_numpy(x).to(setting.device) for x in indices)
-    at = batch[:, None, None], heads[:, None], rows
-    chosen = torch.zeros(b, h, length, 1, dtype=torch.bool, device=setting.device)
-    chosen[at] = True
-    sparse = inputs._replace(grad_out=inputs.grad_out * chosen)
-    answer, seconds = Clock(setting.device).time(lambda: kernel.answer(sparse, gradients))
-    if answer.out.shape != inputs.grad_out.shape:
-        got = f"shape {tuple(answer.out.shape)}, expected {tuple(inputs.grad_out.shape)}"
-        return seconds, [Finding("out", got, 0.0)]
-
-    def whole_heads(x: Tensor) -> Tensor:
-        return x.detach()[batch[:, None], heads]
-
-    options = {"attn_mask": torch.arange(keys, device=rows.device) <= rows[:, None]} if setting.causal else {}
-    q, out, grad_out = (x.detach()[at] for x in (inputs.q, answer.out, inputs.grad_out))
-    cut = Inputs(q, whole_heads(inputs.k), whole_heads(inputs.v), options, grad_out, None)
-    given = [None] * 3
-    if gradients:
-        given = [answer.dq[at], whole_heads(answer.dk), whole_heads(answer.dv)]
-    where = f" (of a cut: queries {rows.tolist()}, entries {batch.tolist()}, heads {heads.tolist()})"
-    findings = [f._replace(fault=f.fault and f.fault + where) for f in judge(cut, Answer(out, None, *given))]
-    if not gradients:
-        return seconds, findings
-    used = chosen.any(2, keepdim=True)
-    for name, where in (("dq", chosen), ("dk", used), ("dv", used)):
-        if (getattr(answer, name).masked_fill(where, 0) != 0).any():
-            findings.append(Finding(name, "not zero where no gradient came in", 0.0))
-    return seconds, findings
+    return batch[:, None, None], heads[:, None], rows
 
 
 def memory_refusal(setting: Setting, kernel: Kernel, target: Target) -> str | None:
@@ -266,6 +272,7 @@ def peak_bytes(setting: Setting, kernel: Kernel, target: Target) -> int | None:
     except EOFError:  # it died
         return None
     finally:
+        process.join(EXIT_SECONDS)  # killed at once it would leave a compiler's semaphores behind
         process.kill()
         process.join()
 

@@ -72,6 +72,7 @@ def truth(inputs: Inputs, gradients: bool = True) -> Answer:
             for i in range(length):
                 seen = _seen(options, b, i, length, keys)
                 raw = scale * (k[b, hk] @ q[b, h, i])
+                sizes = abs(scale) * (np.abs(k[b, hk]) @ np.abs(q[b, h, i]))  # of what a score is a sum of
                 score = raw if cap is None else cap * np.tanh(raw / cap)
                 if slopes is not None:
                     score = score - slopes[b, h] * np.abs(i + offset - np.arange(keys))
@@ -86,7 +87,7 @@ def truth(inputs: Inputs, gradients: bool = True) -> Answer:
                 lse[b, h, i] = top + np.log(weight.sum())
                 weight /= weight.sum()
                 out[b, h, i] = weight @ np.where(seen[:, None], v[b, hk], 0.0)
-                logits = np.where(seen, np.abs(score), 0.0) + abs(lse[b, h, i])
+                logits = np.where(seen, sizes + np.abs(score), 0.0) + abs(lse[b, h, i])
                 by_logits[0][b, h, i] = (weight * logits) @ np.where(seen[:, None], np.abs(v[b, hk]), 0.0)
                 if not gradients:
                     continue
@@ -117,9 +118,9 @@ def truth(inputs: Inputs, gradients: bool = True) -> Answer:
     else:
         wanted.append(None)
     logs = torch.from_numpy(lse) if options.get("return_lse") else None
-    sizes = {name: torch.from_numpy(x) for name, x in zip(("dq", "dk", "dmask"), terms)}
+    by_terms = {name: torch.from_numpy(x) for name, x in zip(("dq", "dk", "dmask"), terms)}
     changes = {name: torch.from_numpy(x) for name, x in zip(("out", "dq", "dk", "dv", "dmask"), by_logits)}
-    return Answer(torch.from_numpy(out), logs, *wanted, sizes, changes)
+    return Answer(torch.from_numpy(out), logs, *wanted, by_terms, changes)
 
 
 def visible(inputs: Inputs) -> Tensor:
@@ -156,7 +157,7 @@ def plain(inputs: Inputs, gradients: bool = True) -> Answer:
     mask = options.get("attn_mask")
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.detach().clone().requires_grad_(mask.requires_grad and gradients)
-        score = score + mask
+        score = score + mask.to(score.dtype)
     seen = visible(inputs).to(score.device)
     empty = ~seen.any(dim=-1, keepdim=True)
     score = score.masked_fill(~seen, -torch.inf).masked_fill(empty, 0.0)

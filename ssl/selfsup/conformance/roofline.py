@@ -20,7 +20,9 @@ from selfsup.conformance.measure import Clock, Work
 PASSES = ("forward", "backward")
 LARGE = 256 << 20
 """Bytes of a tensor that no cache holds."""
-QUANTILES = (0.1, 0.5, 0.9)
+CHAIN = 64
+SLACK = 1.1
+"""A speed above so many times a measured ceiling is doubtful."""
 
 
 @dataclass
@@ -78,10 +80,21 @@ class Ceilings(NamedTuple):
     exps: float
     """torch.exp in fp32, numbers a second."""
     exps_how: str
+    matmul_note: str = ""
 
     def seconds(self, task: Work) -> float:
         """The least time by the nearest ceiling."""
-        return max(task.flops / self.matmul, task.bytes / self.bandwidth, task.exps / self.exps)
+        return self._nearest(task)[0]
+
+    def excess(self, one: Pass) -> str | None:
+        """What is doubtful about a median far above the nearest ceiling; None where it is not."""
+        least, name = self._nearest(one.work)
+        share = least / spread(one.seconds)[1] if one.seconds else 0.0
+        return f"over the ceiling: {share:.3g} times the measured rate of {name}" if share > SLACK else None
+
+    def _nearest(self, task: Work) -> tuple[float, str]:
+        bounds = (task.flops / self.matmul, "products"), (task.bytes / self.bandwidth, "a large copy")
+        return max(*bounds, (task.exps / self.exps, "exponentials"))
 
 
 def measure_ceilings(dtypes: Iterable[str], device: str) -> dict[str, Ceilings]:
@@ -92,7 +105,15 @@ def measure_ceilings(dtypes: Iterable[str], device: str) -> dict[str, Ceilings]:
     bandwidth = 2 * big.nbytes / _best(clock, lambda: other.copy_(big))
     exps, how = _exp_rate(clock, device, big, other)
     del big, other
-    return {name: Ceilings(*_matmul_rate(clock, name, device), bandwidth, exps, how) for name in dtypes}
+    rates = {name: _matmul_rate(clock, name, device) for name in {*dtypes, "fp32"}}
+    found = {}
+    for name in dtypes:
+        best, note = rates[name], ""
+        if DTYPES[name].itemsize < 4 and best < rates["fp32"]:
+            # A kernel may convert, as torch's own does on a CPU, and is then as fast as fp32.
+            best, note = rates["fp32"], f"in fp32: {name} has {best[0] / 1e9:.3g} GFLOP/s only"
+        found[name] = Ceilings(*best, bandwidth, exps, how, note)
+    return found
 
 
 def _best(clock: Clock, call: Callable[[], Any], tries: int = 6) -> float:
@@ -132,9 +153,6 @@ def _exp_rate(clock: Clock, device: str, big: Tensor, out: Tensor) -> tuple[floa
     return max(rates), "torch.exp"
 
 
-CHAIN = 64
-
-
 def _exp_chain(x: Tensor) -> Tensor:
     for _ in range(CHAIN):
         x = torch.exp(-x)
@@ -143,7 +161,7 @@ def _exp_chain(x: Tensor) -> Tensor:
 
 def spread(values: list[float]) -> tuple[float, float, float] | None:
     """The 10% quantile, median and 90% quantile; None without values."""
-    return tuple(float(x) for x in np.quantile(values, QUANTILES)) if values else None
+    return tuple(float(x) for x in np.quantile(values, (0.1, 0.5, 0.9))) if values else None
 
 
 def label(shape: Shape) -> str:
@@ -163,12 +181,14 @@ def to_markdown(
     unit, scale = ("TFLOP/s", 1e12) if device == "cuda" else ("GFLOP/s", 1e9)
     lines = [f"## {title}", ""]
     for dtype, c in ceilings.items():
+        products = ", ".join(filter(None, (f"side {c.matmul_size}", c.matmul_note)))
         lines.append(
-            f"- ceilings, {dtype}: products {c.matmul / scale:.4g} {unit} (side {c.matmul_size}), copy "
+            f"- ceilings, {dtype}: products {c.matmul / scale:.4g} {unit} ({products}), copy "
             f"{c.bandwidth / 1e9:.3g} GB/s, exp {c.exps / 1e9:.3g} G/s ({c.exps_how})"
         )
     lines += [
         "- median (10% to 90%) over the rounds; roof: the least time by these ceilings over the time taken",
+        "- over the ceiling: by over a tenth; a cache, a faster exp than torch's, or work that was skipped",
         "- first: seconds of the first call; peak: MiB of both passes beyond the inputs",
         "",
     ]
@@ -176,7 +196,7 @@ def to_markdown(
     head = ["dtype", "BxHxLxD", "kernel"]
     for name in PASSES:
         head += [f"{name} ms", unit, "roof", ratio]
-    table = [[*head, "first", "peak", "why not"]]
+    table = [[*head, "first", "peak", "notes"]]
     for row in rows:
         cells = [row.dtype, label(row.shape), short(row.kernel)]
         for one in row.passes.values():
@@ -185,8 +205,10 @@ def to_markdown(
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
         faults = {one.fault: name for name, one in reversed(row.passes.items()) if one.fault}
         whole = len(faults) == 1 and not row.runs
-        why = "; ".join(fault if whole else f"{name} {fault}" for fault, name in faults.items())
-        table.append([*cells, first, peak, " ".join(why.split()).replace("|", "/")[:200]])
+        notes = [text if whole else f"{name} {text}" for text, name in faults.items()]
+        excess = {name: ceilings[row.dtype].excess(one) for name, one in row.passes.items()}
+        notes = "; ".join([*notes, *(f"{name} {text}" for name, text in excess.items() if text)])
+        table.append([*cells, first, peak, " ".join(notes.split()).replace("|", "/")[:200]])
     widths = [max(len(cells[i]) for cells in table) for i in range(len(head) + 2)] + [7]
     table.insert(1, ["-" * width for width in widths])
     for cells in table:
@@ -200,9 +222,8 @@ def _cells(one: Pass, ceilings: Ceilings, scale: float) -> list[str]:
         return [one.fault.split(":")[0], "", "", ""]
     low, middle, high = (1e3 * x for x in spread(one.seconds))
     times = f"{middle:.4g} ({low:.4g} to {high:.4g})"
-    share = f"{ceilings.seconds(one.work) * 1e3 / middle:.0%}"
-    ratio = spread(one.ratios)
-    text = "" if ratio is None else f"{ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})"
+    share = "over" if ceilings.excess(one) else f"{ceilings.seconds(one.work) * 1e3 / middle:.0%}"
+    text = "{1:.2f} ({0:.2f} to {2:.2f})".format(*ratio) if (ratio := spread(one.ratios)) else ""
     return [times, f"{one.speed / scale:.4g}", share, text]
 
 

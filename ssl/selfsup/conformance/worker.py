@@ -11,7 +11,7 @@ import traceback
 import torch
 
 from selfsup.conformance.claims import Target
-from selfsup.conformance.run import prepare, run_case, select
+from selfsup.conformance.run import prepare, reproducer, run_case, select
 
 
 def main() -> None:
@@ -50,13 +50,14 @@ def main() -> None:
         left_out=left_out,
     )
     for case in mine:
-        say(start=case.id)
-        try:
-            result = run_case(kernel, case, request["seed"], request["device"])
-        except Exception:
-            say(error=f"the suite itself failed in {case.id}:\n{traceback.format_exc()}")
-            return
+        paste = reproducer(kernel, case, case.make_inputs.shape, request["seed"], request["device"])
+        say(start=case.id, reproducer=paste)
+        result = run_case(kernel, case, request["seed"], request["device"])
         say(result=result._asdict())
+        if result.verdict == "CRASH":  # the device is lost to this process
+            say(again=True)
+            return
+    say(done=True)
 
 
 if __name__ == "__main__":
