@@ -6,6 +6,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from selfsup.attention.reference import reference_attention
 from selfsup.conformance.claims import attention_kernel
 
 
@@ -172,6 +173,20 @@ def returns_more(q, k, v, return_lse=False):
     """A tuple, whether the rest is asked for or not."""
     lse = (q @ k.mT * q.shape[-1] ** -0.5).float().logsumexp(-1) if k.shape[-2] else q.new_full(q.shape[:-1], -torch.inf)
     return F.scaled_dot_product_attention(q, k, v), lse.detach(), None
+
+
+def packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, is_causal=False, return_lse=False):
+    """(tokens, heads, width), one segment after another."""
+    assert cu_seqlens_q.dtype == torch.int32 and max_seqlen_q == cu_seqlens_q.diff().max()
+    outs, logs = [], []
+    ends = zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:])
+    for a, b, c, d in ends:
+        one, keys, values = (x[i:j].transpose(0, 1) for x, i, j in ((q, a, b), (k, c, d), (v, c, d)))
+        out, lse = reference_attention(one, keys, values, is_causal=is_causal, enable_gqa=True, return_lse=True)
+        outs.append(out.transpose(0, 1))
+        logs.append(lse)
+    out = torch.cat(outs)
+    return (out, torch.cat(logs, dim=-1)) if return_lse else out
 
 
 def returns_a_string(q, k, v):

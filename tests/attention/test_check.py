@@ -130,6 +130,13 @@ def test_known_cheats_fail_in_every_dtype(name):
         assert all(v == "PASS" for i, v in found.items() if not i.endswith("-grad"))
 
 
+def test_packed_tokens_through_the_whole_suite():
+    """A right kernel for (tokens, heads, width) with cumulative lengths, an empty segment among them."""
+    found = verdicts("packed", "train", ("tail", "documents", "causal", "gqa", "lse"), layout="THD")
+    assert set(found.values()) == {"PASS", "REFUSED"}
+    assert found["documents/three-fp32-grad"] == found["tail/33x97-fp32-grad"] == found["lse/plain-fp32"] == "PASS"
+
+
 def test_a_kernel_that_writes_to_its_inputs():
     assert verdicts("writes_to_q", "core", ("tail",))["tail/65-fp32"] == "FAIL"
     assert verdicts("writes_to_the_mask", "core", ("masked",))["masked/rows-float-fp32"] == "FAIL"
