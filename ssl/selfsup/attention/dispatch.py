@@ -1,5 +1,6 @@
 """One name, one function. Every kernel takes the arguments of `reference_attention`."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -26,35 +27,42 @@ class Choice(NamedTuple):
     why: str
 
 
+def pick(device: str, dtype: torch.dtype, scores: int, torch_knows_all: bool) -> AttentionName:
+    """The kernel for a call, from what was measured. No text in here: torch.compile traces it with symbols."""
+    if not torch_knows_all:
+        return "reference" if scores < TILED_FROM else "tiled"
+    return "reference" if device == "cpu" and scores < TORCH_FROM.get(dtype, 0) else "torch"
+
+
 def choose(
     device: str, dtype: torch.dtype, batch_heads: int, length: int, keys: int, unknown_to_torch: list[str]
 ) -> Choice:
-    """The kernel for a call, from what was measured.
+    """What `pick` takes, with the reason.
 
     device: its type, "cpu" or "cuda". dtype: of the matrix products. batch_heads: batch entries times heads.
     unknown_to_torch: the options of the call that torch's kernel cannot honour (softcap, return_lse).
     """
     scores = batch_heads * length * keys
+    kernel = pick(device, dtype, scores, not unknown_to_torch)
+    limit, name = TORCH_FROM.get(dtype, 0), str(dtype).removeprefix("torch.")
     if unknown_to_torch:
         missing = f"torch's kernel has no {' and no '.join(unknown_to_torch)}"
-        if scores < TILED_FROM:
-            return Choice("reference", f"{missing}, and {scores:,} scores are not too many to keep")
-        return Choice("tiled", f"{missing}, and {scores:,} scores are too many to keep")
-    if device != "cpu":
-        return Choice("torch", f"its fused kernels; nothing else was measured on {device}")
-    limit, name = TORCH_FROM.get(dtype, 0), str(dtype).removeprefix("torch.")
-    if scores < limit:
+        why = f"{missing}, and {scores:,} scores are {'not ' if kernel == 'reference' else ''}too many to keep"
+    elif device != "cpu":
+        why = f"its fused kernels; nothing else was measured on {device}"
+    elif kernel == "reference":
         why = f"in {name} on a CPU plain matrix products are faster below {limit:,} scores, here {scores:,}"
-        return Choice("reference", why)
-    return Choice("torch", f"in {name} on a CPU its fused kernel is faster from {limit:,} scores on, here {scores:,}")
+    else:
+        why = f"in {name} on a CPU its fused kernel is faster from {limit:,} scores on, here {scores:,}"
+    return Choice(kernel, why)
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: Any) -> Any:
     """The kernel that `choose` names; arguments as in `reference_attention`."""
     device = q.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
-    unknown = [name for name in ("softcap", "return_lse") if options.get(name)]
-    kernel = choose(device, dtype, q.shape[:-2].numel(), q.shape[-2], k.shape[-2], unknown).kernel
+    known = not (options.get("softcap") or options.get("return_lse"))
+    kernel = pick(device, dtype, math.prod(q.shape[:-1]) * k.shape[-2], known)
     slopes, dropout_p = options.get("alibi_slopes"), arguments[1] if len(arguments) > 1 else options.get("dropout_p")
     if kernel == "tiled" and (dropout_p or (slopes is not None and slopes.requires_grad)):
         kernel = "reference"  # the only one with both
