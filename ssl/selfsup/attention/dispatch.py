@@ -13,9 +13,9 @@ from selfsup.attention.tiled import tiled_attention
 
 AttentionName = Literal["reference", "tiled", "torch", "flex", "auto"]
 
-TORCH_FROM = {torch.bfloat16: 1 << 25, torch.float16: 0, torch.float32: 1 << 20, torch.float64: 1 << 20}
+TORCH_FROM = {torch.bfloat16: 1 << 26, torch.float16: 0, torch.float32: 1 << 20, torch.float64: 1 << 20}
 """On a CPU: the scores of a call (batch x heads x l x s) from which torch's fused kernel is faster than
-`reference`, whose matrix of scores then no longer fits the caches. Measured: docs/attention.md."""
+`reference`, whose matrix of scores then no longer fits the caches. Measured: README.md, Attention."""
 TILED_FROM = 1 << 27
 """The scores of a call from which `reference` takes gigabytes: half a GiB in fp32 for each matrix of them."""
 

@@ -147,4 +147,4 @@ def main_explain(
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     unknown = [name for name, given in (("softcap", softcap), ("return_lse", lse)) if given]
     print(": ".join(choose(device, DTYPES[dtype], heads, length, keys or length, unknown)))
-    print("scores = batch x heads x queries x keys; measured, see docs/attention.md")
+    print("scores = batch x heads x queries x keys; measured: see README.md, Attention")
