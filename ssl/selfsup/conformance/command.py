@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -29,7 +29,7 @@ def main_check(
     level: Level = "train",
     features: str | None = None,
     layout: Layout | None = None,
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
     seed: int = 0,
     interpret: bool = False,
     jobs: int | None = None,
