@@ -37,7 +37,7 @@ def test_the_page_runs(tmp_path):
             shown = text
     first, fixed, whole, tests, declared, llama = outputs
     for line in shown.splitlines():  # what the page shows of the first failure
-        assert line.split(";")[0].strip() in first, line
+        assert line.split(", limit")[0].strip() in first, line
     assert RIGHT in PAGE and "3 wrong" in fixed
     for case in ("absolute/accumulator-fp16", "absolute/accumulator-bf16", "empty/keys-fp32"):
         assert f"FAIL {case}" in fixed
