@@ -145,7 +145,7 @@ def constant(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, 
 def overflowing(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Products that overflow fp16 unless the scale, 2^-12, comes first or sums are wide; logits of some units."""
     q, k, v = normal(shape, generator)
-    return q * 64, k * 64, v
+    return q * 128, k * 64, v
 
 
 def lost_in_the_sum(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
