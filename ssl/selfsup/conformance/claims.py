@@ -170,10 +170,12 @@ def read(result: Any, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     return parts[0], parts[1] if return_lse else None
 
 
-def gradients_of(outputs: list[Tensor], leaves: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:
+def gradients_of(
+    outputs: list[Tensor], leaves: list[Tensor], grads: list[Tensor], retain_graph: bool = False
+) -> list[Tensor | None]:
     """torch.autograd.grad; None for a leaf that the outputs are cut off from. Raises KernelRaised."""
     try:
-        found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+        found = torch.autograd.grad(outputs, leaves, grads, retain_graph=retain_graph, allow_unused=True)
     except Exception as error:
         raise KernelRaised(f"backward: {type(error).__name__}: {str(error).strip()[:300]}") from error
     return [torch.zeros_like(x) if g is None and not x.numel() else g for x, g in zip(leaves, found)]
