@@ -38,8 +38,8 @@ def test_the_page_runs(tmp_path):
     first, fixed, whole, tests, declared, llama = outputs
     for line in shown.splitlines():  # what the page shows of the first failure
         assert line.split(", limit")[0].strip() in first, line
-    assert RIGHT in PAGE and "3 wrong" in fixed
-    for case in ("absolute/accumulator-fp16", "absolute/accumulator-bf16", "empty/keys-fp32"):
+    assert RIGHT in PAGE and "4 wrong" in fixed
+    for case in ("absolute/accumulator-fp16", "absolute/accumulator-bf16", "logits/overflowing-fp16", "empty/keys-fp32"):
         assert f"FAIL {case}" in fixed
     assert "0 wrong" in whole and "passed" in tests and "WRONG-SILENT" in declared
     assert "0 wrong" in llama and (tmp_path / "llama.json").exists()
