@@ -1,13 +1,16 @@
 """Bugs that distributed training codes really had, each planted by name; every one must be caught."""
 
+import functools
+import inspect
 import os
+import textwrap
 
 import torch
 
 from selfsup import checkpoint, dist, start, train
-from selfsup.data import images
+from selfsup.data import views
 from selfsup.ema import Ema
-from selfsup.objectives import base, mae
+from selfsup.objectives import base, mae, simclr
 
 
 def rank_in_the_key() -> None:
@@ -68,12 +71,12 @@ def counting_in_workers() -> None:
 
 def random_augmentation() -> None:
     """Crops from a generator instead of from the key."""
-    original = images.crop_boxes
+    original = views.crop_boxes
 
     def crop_boxes(seed, epoch, position, *rest):
         return original(int(torch.randint(2**31, ()).item()), epoch, position, *rest)
 
-    images.crop_boxes = crop_boxes
+    views.crop_boxes = crop_boxes
 
 
 def unseeded_model() -> None:
@@ -138,3 +141,51 @@ def schedule_off_by_one() -> None:
 
     original = OptimConfig.lr
     OptimConfig.lr = lambda self, step: original(self, step + 1)
+
+
+def exec_changed(module, name: str, old: str, new: str):
+    """A function (or Class.method) of `module` with one piece of its source replaced; the original stays."""
+    function = functools.reduce(getattr, name.split("."), module)
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+    assert old in source, f"{name} has no {old!r}"
+    names = dict(vars(module))
+    exec("from __future__ import annotations\n" + source.replace(old, new), names)
+    return names[name.split(".")[-1]]
+
+
+def no_grad_gather() -> None:
+    """NT-Xent's gather without gradient, each rank's own slot put back: lightly's before its #1531."""
+    original = dist.all_gather_with_grad
+
+    def gather(x):
+        everyone = original(x.detach())
+        here = dist.rank() * len(x)
+        return torch.cat([everyone[:here], x, everyone[here + len(x) :]])
+
+    dist.all_gather_with_grad = gather
+
+
+def gradient_over_world() -> None:
+    """The gather's backward pass averages over ranks where it must sum."""
+    original = dist.all_gather_with_grad
+
+    def gather(x):
+        everyone = original(x)
+        return everyone.detach() + (everyone - everyone.detach()) / dist.world_size()
+
+    dist.all_gather_with_grad = gather
+
+
+def wrong_own_slot() -> None:
+    """Every rank takes the first slot for its own."""
+    simclr.slot = lambda i: i
+
+
+def masked_diagonal_off_by_one() -> None:
+    """The similarity to oneself stays, a negative goes."""
+    simclr.nt_xent = exec_changed(simclr, "nt_xent", "own[:, None]", "(own[:, None] + 1) % len(everyone)")
+
+
+def local_batch_norm() -> None:
+    """Batch norm with the statistics of the rank's own samples."""
+    start.synchronise = lambda module: module

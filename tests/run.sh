@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./launch/setup.sh test
-exec .venv/bin/python -m pytest "$@"
+export OMP_NUM_THREADS=1  # one thread a process: two on a busy machine are slower than one
+exec .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -41,8 +41,8 @@ def make_shards(folder: Path, samples: int = 83, per_shard: int = 30) -> Path:
 
 
 def save_untrained(folder: Path, content: dict, noise: float, facts: dict, step: int) -> Path:
-    """A run folder as training leaves it, without the training: initial weights plus `noise`; their average,
-    where the recipe keeps one, without it."""
+    """A run folder as training leaves it, without the training: initial weights plus `noise`, running
+    statistics too; their average, where the recipe keeps one, without it."""
     recipe = validate(Recipe, content)
     torch.manual_seed(recipe.seed)
     objective = recipe.objective.build(recipe.encoder)
@@ -50,6 +50,9 @@ def save_untrained(folder: Path, content: dict, noise: float, facts: dict, step:
     with torch.no_grad():
         for p in objective.parameters():
             p += noise * torch.randn_like(p)
+        for name, value in objective.state_dict().items():
+            if name.endswith(("running_mean", "running_var")):
+                value += noise * torch.rand_like(value)
     optimizer = build_optimizer(recipe.optim, objective)
     save_checkpoint(folder, TrainState(objective, optimizer, None, recipe, step, 1792, facts, ema))
     return folder

@@ -20,7 +20,7 @@ FLOORS = {
     "attention": 1, "data": 1,
     "layers": 2,
     "encoders": 3,
-    "optim": 4, "schedule": 3, "metrics": 4, "flops": 4, "ema": 4, "profiling": 4,
+    "optim": 4, "lars": 3, "schedule": 3, "metrics": 4, "flops": 0, "ema": 4, "profiling": 4,
     "objectives": 5,
     "recipe": 6,
     "checkpoint": 7,

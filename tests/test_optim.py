@@ -8,7 +8,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from selfsup.config import validate
 from selfsup.ema import Ema
-from selfsup.optim import OptimConfig, build_optimizer, require_finite
+from selfsup.optim import AdamWConfig, build_optimizer, require_finite
 from selfsup.schedule import warmup_cosine, warmup_linear, warmup_stable_decay
 
 
@@ -97,39 +97,39 @@ def test_integral_of_a_schedule(name, mean):
 
 
 def test_up_to_its_decay_wsd_does_not_depend_on_the_length_of_the_run():
-    short = OptimConfig(schedule="wsd", steps=100, warmup_fraction=0.1)
-    long = OptimConfig(schedule="wsd", steps=400, warmup_fraction=0.025)
+    short = AdamWConfig(schedule="wsd", steps=100, warmup_fraction=0.1)
+    long = AdamWConfig(schedule="wsd", steps=400, warmup_fraction=0.025)
     assert [short.lr(s) for s in range(80)] == [long.lr(s) for s in range(80)]
     assert short.lr(80) == short.peak_lr > short.lr(81) and long.lr(319) == long.peak_lr
 
 
 def test_the_schedule_is_chosen_by_name_and_its_shares_are_checked():
     for name, schedule in SCHEDULES.items():
-        config = OptimConfig(schedule=name, steps=60, base_lr=1e-3, warmup_fraction=0.2, min_lr=1e-5)
+        config = AdamWConfig(schedule=name, steps=60, base_lr=1e-3, warmup_fraction=0.2, min_lr=1e-5)
         assert [config.lr(s) for s in range(60)] == [schedule(s, 60, 1e-3, 0.2, 1e-5) for s in range(60)]
-    assert OptimConfig().schedule == "cosine"
-    validate(OptimConfig, {"schedule": "wsd", "warmup_fraction": 0.7, "decay_fraction": 0.3})
+    assert AdamWConfig().schedule == "cosine"
+    validate(AdamWConfig, {"schedule": "wsd", "warmup_fraction": 0.7, "decay_fraction": 0.3})
     with pytest.raises(
         ValueError, match="decay_fraction: expected at most 0.1, what warmup_fraction leaves, got"
     ):
-        validate(OptimConfig, {"schedule": "wsd", "warmup_fraction": 0.9})
+        validate(AdamWConfig, {"schedule": "wsd", "warmup_fraction": 0.9})
     with pytest.raises(ValueError, match="decay_fraction: schedule cosine has no such phase"):
-        validate(OptimConfig, {"decay_fraction": 0.3})
+        validate(AdamWConfig, {"decay_fraction": 0.3})
     with pytest.raises(ValueError, match="schedule: expected one of 'cosine', 'linear' or 'wsd', got 'step'"):
-        validate(OptimConfig, {"schedule": "step"})
+        validate(AdamWConfig, {"schedule": "step"})
 
 
 def test_learning_rate_scales_with_the_global_batch():
-    assert OptimConfig(base_lr=1.5e-4, batch_size=4096).peak_lr == pytest.approx(2.4e-3)
+    assert AdamWConfig(base_lr=1.5e-4, batch_size=4096).peak_lr == pytest.approx(2.4e-3)
     with pytest.raises(ValueError, match="min_lr: expected at most the peak"):
-        validate(OptimConfig, {"min_lr": 1.0})
+        validate(AdamWConfig, {"min_lr": 1.0})
 
 
 def test_adamw_step_by_hand():
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 2)
     weight, bias = layer.weight.detach().clone().double(), layer.bias.detach().clone().double()
-    config = OptimConfig(base_lr=0.256, batch_size=100, weight_decay=0.3, betas=(0.8, 0.9))
+    config = AdamWConfig(base_lr=0.256, batch_size=100, weight_decay=0.3, betas=(0.8, 0.9))
     optimizer = build_optimizer(config, layer)
     lr, moments = config.peak_lr, {}
     for t in (1, 2, 3):

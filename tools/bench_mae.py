@@ -153,7 +153,7 @@ def main(options: Options) -> int:
         ceiling = Ceiling(options.precision, device)
         interleave(contestants, ceiling, options.rounds, device)
         facts = results(contestants, ceiling, batch_size, flops_per_image)
-        show(facts)
+        show(facts, WORDS)
         problems = unfair(facts["contestants"])
     for problem in problems:
         print(f"not a fair contest: {problem}", file=sys.stderr)
@@ -202,8 +202,8 @@ def images_from(shards: str, vit: ViTConfig, batch_size: int, device: torch.devi
     return lambda: next(batches).to(device, data.mean, data.std).images
 
 
-def show(facts: dict[str, Any]) -> None:
-    """The table."""
+def show(facts: dict[str, Any], words: dict[str, str]) -> None:
+    """The table; words: what a contestant is called in it, where that is not its name."""
     ceiling, rows = facts["ceiling"], facts["contestants"]
     print(
         f"ceiling {ceiling['flops_per_second'] / 1e12:.3f} TFLOP/s: the fastest product of "
@@ -215,7 +215,7 @@ def show(facts: dict[str, Any]) -> None:
         ratio = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
         peak = "unknown" if row["mfu_of_peak"] is None else f"{row['mfu_of_peak']:.1%}"
         print(
-            f"{WORDS.get(name, name):46s}{row['images_per_second']:8.1f}  {ratio:20s}{row['mfu']:8.1%}  "
+            f"{words.get(name, name):46s}{row['images_per_second']:8.1f}  {ratio:20s}{row['mfu']:8.1%}  "
             f"{peak:>8s}  {row['parameters'] / 1e6:8.3f} M  {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}"
         )
 

@@ -1,4 +1,5 @@
-"""What bench_mae.py measures: steps taken in turn, matrix products between them, and the figures made of both."""
+"""What bench_mae.py and bench_simclr.py measure: steps taken in turn, matrix products between them, the figures
+made of both."""
 
 import statistics
 import time
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selfsup import flops
-from selfsup.optim import OptimConfig, build_optimizer
+from selfsup.optim import AdamWConfig, build_optimizer
 
 Precision = Literal["fp32", "bf16"]
 WARMUP = 2
@@ -25,9 +26,9 @@ def clock(device: torch.device) -> float:
 class Contestant:
     """A module, its optimizer, and what its steps left behind."""
 
-    def __init__(self, module: nn.Module, images: Callable[[], Tensor], precision: Precision):
+    def __init__(self, module: nn.Module, images: Callable[[], Any], precision: Precision):
         self.module, self.images, self.precision = module, images, precision
-        self.optimizer = build_optimizer(OptimConfig(), module)
+        self.optimizer = build_optimizer(AdamWConfig(), module)
         self.parameters = 0
         """Values in the tensors that got a gradient in the first step."""
         self.losses: list[Tensor] = []
@@ -37,8 +38,8 @@ class Contestant:
 
     def step(self) -> None:
         """Forward, backward, AdamW; with `images` fetching the batch."""
-        images = self.images()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        images, device = self.images(), next(self.module.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = self.module(images)
         loss.backward()
         if not self.losses:

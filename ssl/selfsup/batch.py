@@ -37,9 +37,13 @@ class ImageBatch(NamedTuple):
         position = self.position.to(device, non_blocking=True)
         return self._replace(images=images, epoch=epoch, position=position)
 
+    def shown(self, mean: tuple[float, ...], std: tuple[float, ...], most: int = 64) -> Tensor:
+        """For a picture, after `to`: the first images, at most `most`, as uint8 (n, c, h, w) again."""
+        return pixels(self.images[:most], mean, std)
+
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(b, c, h, w) uint8 -> torch's default float type, (x / 255 - mean) / std per channel.
+    """(b, c, h, w) in 0..255 (uint8 or float) -> torch's default float type, (x / 255 - mean) / std per channel.
 
     Raises ValueError where mean or std do not have one value per channel.
     """
@@ -50,6 +54,12 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
         )
     scale, shift = _scale_and_shift(mean, std, images.device, torch.get_default_dtype())
     return torch.addcmul(shift, images.to(scale.dtype), scale)
+
+
+def pixels(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """What `normalise` was given: (b, c, h, w) float -> uint8, rounded."""
+    scale, shift = _scale_and_shift(mean, std, images.device, images.dtype)
+    return ((images - shift) / scale).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @functools.lru_cache

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from selfsup.config import dump_yaml, read_yaml, validate
 from selfsup.durable import fsync_path, sha256
 from selfsup.ema import Ema
-from selfsup.encoders.vit import ViT
+from selfsup.encoders import Encoder
 from selfsup.objectives.base import Objective
 from selfsup.optim import RESCUE
 from selfsup.recipe import Recipe
@@ -208,17 +208,32 @@ def read_recipe(checkpoint: Path) -> Recipe:
     return validate(Recipe, read_yaml(checkpoint / "config.yaml"))
 
 
-Weights = Literal["trained", "ema"]
-"""Those of the last step, or their average over steps (optim.ema): asked for by name, so that a result
-always says which it was."""
+Weights = Literal["trained", "ema", "target"]
+"""Those of the last step, their average over steps (optim.ema), or the target network's, of an objective
+that keeps one (byol): asked for by name, so that a result always says which it was."""
+
+
+def weights_suffix(weights: Weights) -> str:
+    """What the name of a file or folder ends in, so that other weights never share one."""
+    return "" if weights == "trained" else f"-{weights}"
+
+
+def weights_title(weights: Weights) -> str:
+    """What the title of a result ends in."""
+    return {"trained": "", "ema": ", averaged weights", "target": ", target network"}[weights]
 
 
 def load_objective(source: Path, weights: Weights = "trained") -> tuple[Objective, Recipe, Path, list[str]]:
     """The whole pretrained objective of a run folder or checkpoint, in eval mode, its recipe, and what
     `find_checkpoint` says: the checkpoint, and a line for every newer one that is damaged.
 
-    Raises ValueError for the average of a run that kept none.
+    Raises ValueError for the average of a run that kept none, and for a target network: it is a part.
     """
+    if weights == "target":
+        raise ValueError(
+            "weights: a target network is an encoder, not a whole objective; use `trained`, or a command that "
+            "takes the encoder alone (probe, embed, export --to timm)"
+        )
     checkpoint, passed_over = find_checkpoint(source)
     recipe = read_recipe(checkpoint)
     objective = recipe.objective.build(recipe.encoder)
@@ -226,13 +241,23 @@ def load_objective(source: Path, weights: Weights = "trained") -> tuple[Objectiv
     return objective.eval(), recipe, checkpoint, passed_over
 
 
-def load_encoder(source: Path, weights: Weights = "trained") -> tuple[ViT, Recipe, Path, list[str]]:
-    """The encoder alone, and the rest as `load_objective`."""
+def load_encoder(source: Path, weights: Weights = "trained") -> tuple[Encoder, Recipe, Path, list[str]]:
+    """The encoder alone, and the rest as `load_objective`.
+
+    Raises ValueError for the average of a run that kept none, and for the target network of an
+    objective that has none.
+    """
     checkpoint, passed_over = find_checkpoint(source)
-    recipe, prefix = read_recipe(checkpoint), "encoder."
-    encoder = recipe.encoder.build()
+    recipe, prefix = read_recipe(checkpoint), "target_encoder." if weights == "target" else "encoder."
     tensors = _tensors(checkpoint, recipe, weights)
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if weights == "target" and not parts:
+        raise ValueError(
+            f"weights: {checkpoint} holds no target network, its objective {recipe.objective.name} keeps no "
+            "target; use `trained`"
+        )
+    encoder = recipe.encoder.build()
+    encoder.load_state_dict(parts)
     return encoder.eval(), recipe, checkpoint, passed_over
 
 
@@ -241,7 +266,7 @@ def _tensors(checkpoint: Path, recipe: Recipe, weights: Weights) -> dict[str, Te
         raise ValueError(
             f"weights: {checkpoint} keeps no averaged weights (its optim.ema is none); use `trained`"
         )
-    return load_file(checkpoint / ("objective.safetensors" if weights == "trained" else EMA_FILE))
+    return load_file(checkpoint / (EMA_FILE if weights == "ema" else "objective.safetensors"))
 
 
 def init_from(source: Path, objective: nn.Module, recipe: Recipe) -> str:

@@ -163,14 +163,19 @@ _EXPECTED = {
 def _explain(section: type[Section], content: dict[str, Any], fault: Any) -> str:
     """One pydantic fault as `key: expected ..., got ...`, with the nearest valid name for a typo."""
     tags = _union_tags(section)
-    location = [part for i, part in enumerate(fault["loc"]) if not (i == 1 and part in tags)]
+    # pydantic's own marks: the member of a union, and `<list>` (see data.views) for a kind of value.
+    location = [
+        part
+        for i, part in enumerate(fault["loc"])
+        if not (i == 1 and part in tags) and not str(part).startswith("<")
+    ]
     key = ".".join(str(part) for part in location)
     kind, context = fault["type"], fault.get("ctx", {})
     if kind == "extra_forbidden":
         owner = _owner(section, location)
         if owner:
             return f"{key}: unknown key; it belongs to {location[0]}.name {owner}"
-        near = _nearest(section, content, key)
+        near = _nearest_in_list(section, location) or _nearest(section, content, key)
         return f"{key}: unknown key" + (f"; perhaps you meant {near}" if near else "")
     if kind == "missing":
         return f"{key}: expected a value, got none; set it in the YAML or with --{key.replace('_', '-')}"
@@ -190,7 +195,8 @@ def _range(section: type[Section], content: dict[str, Any], location: list[Any])
     for part in location:
         members = _members(annotation)
         if isinstance(part, int) or not members:  # an entry of a tuple
-            constraints = _constraints(typing.get_args(annotation)[part])
+            annotation = _entry(annotation, part)
+            constraints, content = _constraints(annotation), {}
             continue
         field = _chosen(members, content)[0].model_fields[part]
         annotation, constraints = field.annotation, field.metadata + _constraints(field.annotation)
@@ -201,6 +207,26 @@ def _range(section: type[Section], content: dict[str, Any], location: list[Any])
     low = f"{bounds['gt']} < " if "gt" in bounds else f"{bounds['ge']} <= " if "ge" in bounds else ""
     high = f" < {bounds['lt']}" if "lt" in bounds else f" <= {bounds['le']}" if "le" in bounds else ""
     return f"{low}x{high}"
+
+
+def _entry(annotation: Any, i: int) -> Any:
+    """The annotation of entry i of a tuple, also where the tuple is one choice of several."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple:
+        return parts[0] if parts[-1] is ... else parts[i]
+    return next((found for found in (_entry(part, i) for part in parts) if found is not None), None)
+
+
+def _nearest_in_list(section: type[Section], location: list[Any]) -> str | None:
+    """The valid key closest to a mistyped one of a section in a list: `data.views.1.hu`."""
+    annotation: Any = section
+    for part in location[:-1]:
+        members = _members(annotation)
+        annotation = _entry(annotation, part) if isinstance(part, int) else members[0].model_fields[part].annotation
+    if not any(isinstance(part, int) for part in location):
+        return None
+    near = difflib.get_close_matches(location[-1], _members(annotation)[0].model_fields, n=1, cutoff=0.6)
+    return ".".join(map(str, [*location[:-1], *near])) if near else None
 
 
 def _takes_numbers(annotation: Any) -> bool:

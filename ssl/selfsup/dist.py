@@ -1,16 +1,20 @@
 """Ranks, sums over ranks: the only user of torch.distributed besides Accelerate.
 
 Every function also works in a single process without a process group. Numbers travel on the
-CPU (gloo), so that agreeing on them never waits for the GPU's queue.
+CPU (gloo), so that agreeing on them never waits for the GPU's queue; tensors of a model travel in
+the default group (NCCL or gloo), on the device they lie on.
 """
 
 import functools
 import typing
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,6 +43,58 @@ def sum_over_ranks(*values: float) -> tuple[float, ...]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total, group=_host_group())
     return tuple(total.tolist())
+
+
+def all_gather(x: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "world_b *d"]:
+    """The tensors of all ranks, rank-major along the first dimension, without gradient. One shape on all ranks."""
+    x = x.detach().contiguous()
+    if world_size() == 1:
+        return x
+    gathered = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x)
+    return gathered
+
+
+def all_reduce(x: Shaped[Tensor, "*d"]) -> Shaped[Tensor, "*d"]:
+    """The sum of all ranks' tensors, a new tensor without gradient, half precision summed in float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.to(x.dtype)
+
+
+class _AllGather(torch.autograd.Function):
+    """Forward: every rank's tensor, rank-major. Backward: what every rank's copy of ours received, summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_gather(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = all_reduce(grads[0])
+        b = len(total) // world_size()
+        return total[rank() * b : (rank() + 1) * b]
+
+
+@torch.compiler.disable  # a compiled model breaks its graph here
+def all_gather_with_grad(x: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "world_b *d"]:
+    """The tensors of all ranks, rank-major along the first dimension; `x` itself in one process.
+
+    x: any float dtype and device that the default process group carries (gloo and NCCL carry bf16),
+    of the same shape on every rank: nothing checks that, and the library ends the process or gives
+    garbage where it is not so. All ranks must also agree on whether `x` requires a gradient: the
+    backward pass is a collective too.
+
+    The gradient of `x` is the sum over ranks of the gradients of their copies of it. So each rank may
+    write down the loss of its own rows against all gathered ones: the sum of the ranks' losses is the
+    loss of the global batch, and each rank's gradient is that sum's. With losses scaled by world/total
+    (`global_mean`) and DDP's average over ranks this is exactly the gradient of the global mean. A
+    gather without gradient that puts its own rows back in, as is common, drops all the other ranks' terms.
+    """
+    return x if world_size() == 1 else typing.cast(Tensor, _AllGather.apply(x))
 
 
 class OtherRankFailed(ValueError):

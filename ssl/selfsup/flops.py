@@ -4,7 +4,11 @@ The same convention as torch's FlopCounterMode, which the tests hold this agains
 MFU figures. Also the dense peaks of devices we know.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def linear(tokens: int, in_features: int, out_features: int) -> float:
@@ -22,6 +26,35 @@ def block(tokens: int, dim: int, mlp_ratio: float) -> float:
     projections = linear(tokens, dim, 3 * dim) + linear(tokens, dim, dim)
     mlp = 2 * linear(tokens, dim, int(dim * mlp_ratio))
     return projections + mlp + attention(tokens, dim)
+
+
+def linears(module: nn.Module) -> float:
+    """Every Linear of the module once, over one row, forward: what an MLP costs a sample."""
+    found = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+    return sum((linear(1, layer.in_features, layer.out_features) for layer in found), 0.0)
+
+
+class Counted(NamedTuple):
+    """What one image costs a module."""
+
+    forward: float
+    training: float
+    """Forward and backward, without a gradient for the pixels."""
+
+
+def counted(module: nn.Module, img_size: int, in_chans: int) -> Counted:
+    """Matrix products and convolutions of one image (in_chans, img_size, img_size), by torch's own counter.
+
+    module: on the meta device, where shapes are worked out and nothing is computed; it comes back in
+    eval mode (a batch norm refuses a batch of one otherwise). For encoders without a closed form.
+    """
+    assert all(p.is_meta for p in module.parameters()), "counted: build the module under torch.device('meta')"
+    images = torch.empty(1, in_chans, img_size, img_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        features = module.eval()(images)
+        forward = counter.get_total_flops()
+        features.sum().backward()
+    return Counted(float(forward), float(counter.get_total_flops()))
 
 
 # Dense bf16/fp16 tensor peaks in FLOP/s from the makers' data sheets (without sparsity), SXM where

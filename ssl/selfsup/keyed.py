@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     MASK = 3
     WINDOW = 4
     MODEL = 5
+    COLOUR = 6
 
 
 def philox4x32(

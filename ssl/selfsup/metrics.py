@@ -44,6 +44,11 @@ class MetricsLog:
         for name, picture in pictures.items():
             self._board.add_image(name, picture, step)
 
+    def distributions(self, step: int, values: dict[str, Tensor]) -> None:
+        """Histograms of named numbers into TensorBoard."""
+        for name, numbers in values.items():
+            self._board.add_histogram(name, numbers, step)
+
     def histograms(self, step: int, module: nn.Module) -> None:
         """Histograms of every trainable parameter's weights and gradient, as they stand, into TensorBoard.
 

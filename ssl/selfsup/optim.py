@@ -1,13 +1,14 @@
-"""AdamW, its weight-decay groups, the learning rate of a global batch, and when a run is lost."""
+"""The optimizers, their weight-decay groups, the learning rate of a global batch, and when a run is lost."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from selfsup.config import Section
+from selfsup.lars import Lars
 from selfsup.schedule import warmup_cosine, warmup_linear, warmup_stable_decay
 
 RESCUE = "Lower optim.base_lr, set optim.clip_grad_norm, or use precision.mixed: bf16"
@@ -15,15 +16,20 @@ RESCUE = "Lower optim.base_lr, set optim.clip_grad_norm, or use precision.mixed:
 
 
 class OptimConfig(Section):
-    """AdamW, a schedule with linear warm-up, an average of the weights (defaults: He et al. 2022, table 8)."""
+    """What every optimizer has: a schedule with linear warm-up, an average of the weights."""
 
-    name: Literal["adamw"] = "adamw"
+    moments: ClassVar[int]
+    """Tensors of a weight's size that the optimizer keeps for it."""
+
+    name: str
     steps: Annotated[int, Field(ge=1)] = 1000
     """Optimizer steps of the whole run."""
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Samples per optimizer step, over all processes and micro-batches."""
-    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
-    """Peak learning rate per 256 samples of the global batch."""
+    base_lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate for a global batch of 256 samples."""
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """How the peak grows with the global batch B: base_lr * B/256, base_lr * sqrt(B/256), or not at all."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """Learning rate after warm-up: half a cosine, a straight line, or wsd: constant, then 1 - sqrt."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
@@ -32,12 +38,8 @@ class OptimConfig(Section):
     """Share of the steps spent warming up."""
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Share of the steps, at the end, in which wsd decays; the other schedules have no such phase."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Decoupled decay of weights with two or more dimensions; none for biases and norms."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """AdamW's averaging factors."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    """Decay of weights with two or more dimensions; none for biases and norms."""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the whole gradient; none: no clipping."""
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -65,8 +67,15 @@ class OptimConfig(Section):
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate after warm-up: linear in the global batch (Goyal et al. 2017)."""
-        return self.base_lr * self.batch_size / 256
+        """Learning rate after warm-up: linear in the global batch (Goyal et al. 2017), with its root
+        (Krizhevsky 2014; SimCLR's 0.075 * sqrt(B) is a base_lr of 1.2), or base_lr as it stands."""
+        match self.lr_scaling:
+            case "linear":
+                return self.base_lr * self.batch_size / 256
+            case "sqrt":
+                return self.base_lr * math.sqrt(self.batch_size / 256)
+            case "none":
+                return self.base_lr
 
     def lr(self, step: int) -> float:
         """Learning rate of step 0 .. steps - 1."""
@@ -78,6 +87,41 @@ class OptimConfig(Section):
                 return warmup_linear(*course)
             case "wsd":
                 return warmup_stable_decay(*course, self.decay_fraction)
+
+
+class AdamWConfig(OptimConfig):
+    """AdamW (Loshchilov & Hutter 2019), defaults of He et al. 2022, table 8."""
+
+    moments: ClassVar[int] = 2
+
+    name: Literal["adamw"] = "adamw"
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
+    """Peak learning rate for a global batch of 256 samples."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled decay of weights with two or more dimensions; none for biases and norms."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's averaging factors."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+
+
+class LarsConfig(OptimConfig):
+    """LARS (You et al. 2017), defaults of Chen et al. 2020, SimCLR, appendix B.6."""
+
+    moments: ClassVar[int] = 1
+
+    name: Literal["lars"] = "lars"
+    base_lr: Annotated[float, Field(gt=0)] = 0.3
+    """Peak learning rate for a global batch of 256 samples."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
+    """Decay of weights with two or more dimensions, added to the gradient; none for biases and norms."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """LARS's share of the last update that the next one keeps."""
+    trust_coefficient: Annotated[float, Field(gt=0)] = 0.001
+    """LARS's step over the norm of a weight, at a learning rate of 1 and without momentum."""
+
+
+AnyOptimConfig = Annotated[AdamWConfig | LarsConfig, Field(discriminator="name")]
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -92,16 +136,30 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.AdamW:
-    """AdamW over the module's parameters, fused where there is a fused kernel (CPU and CUDA)."""
-    device = next(module.parameters()).device
-    return torch.optim.AdamW(
-        param_groups(module, config.weight_decay),
-        lr=config.peak_lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=device.type in ("cpu", "cuda"),
-    )
+def build_optimizer(config: AdamWConfig | LarsConfig, module: nn.Module) -> torch.optim.AdamW | Lars:
+    """The optimizer over the module's parameters.
+
+    AdamW is fused where there is a fused kernel (CPU and CUDA). LARS adapts what is decayed, also where
+    weight_decay is 0; biases and norms get plain momentum, as in SimCLR, BYOL and MoCo-v3.
+    """
+    decayed, rest = param_groups(module, config.weight_decay)
+    match config:
+        case AdamWConfig():
+            device = next(module.parameters()).device
+            return torch.optim.AdamW(
+                [decayed, rest],
+                lr=config.peak_lr,
+                betas=config.betas,
+                eps=config.eps,
+                fused=device.type in ("cpu", "cuda"),
+            )
+        case LarsConfig():
+            return Lars(
+                [decayed, {**rest, "adapt": False}],
+                lr=config.peak_lr,
+                momentum=config.momentum,
+                trust_coefficient=config.trust_coefficient,
+            )
 
 
 def require_finite(loss: float, step: int) -> None:

@@ -7,10 +7,11 @@ from pydantic import Field, field_validator, model_validator
 
 from selfsup.config import Section, merge, parse_overrides, read_yaml, validate
 from selfsup.data.images import ImageData
+from selfsup.data.views import view_kinds
 from selfsup.encoders import EncoderConfig
 from selfsup.encoders.vit import ViTConfig
-from selfsup.objectives import ObjectiveConfig
-from selfsup.optim import OptimConfig
+from selfsup.objectives import MAEConfig, ObjectiveConfig
+from selfsup.optim import AdamWConfig, AnyOptimConfig
 from selfsup.profiling import parse_range
 
 
@@ -40,6 +41,9 @@ class RunConfig(Section):
     """Torch threads per process; none: torch's own choice. A busy machine wants 1."""
     compile: bool = False
     """torch.compile the objective."""
+    augment: Literal["auto", "workers", "device"] = "auto"
+    """Where the colours of data.views are changed, by the same random numbers: auto is device on CUDA and
+    workers on a CPU. Workers round them to 8 bits. Crops are always the workers'."""
     activation_checkpointing: bool = False
     """Keep only the input of each transformer block and compute it again in the backward pass: less
     memory, more time, the same gradients."""
@@ -77,23 +81,34 @@ class RunConfig(Section):
 class Recipe(Section):
     """A pretraining run. Only `run` may differ between two runs with the same result."""
 
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = Field(default_factory=MAEConfig)
     encoder: EncoderConfig = Field(default_factory=ViTConfig)
     data: ImageData
-    optim: OptimConfig = Field(default_factory=OptimConfig)
+    optim: AnyOptimConfig = Field(default_factory=AdamWConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Keys the order of the data, every random number on it, and the initial weights."""
     run: RunConfig
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _mae_unless_named(cls, value: Any) -> Any:
+        return {"name": "mae", **value} if isinstance(value, dict) else value
 
     @field_validator("encoder", mode="before")
     @classmethod
     def _vit_unless_named(cls, value: Any) -> Any:
         return {"name": "vit", **value} if isinstance(value, dict) else value
 
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _adamw_unless_named(cls, value: Any) -> Any:
+        return {"name": "adamw", **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         self.objective.check(self.encoder)
+        self._check_views()
         for name, values in (("mean", self.data.mean), ("std", self.data.std)):
             if len(values) != self.encoder.in_chans:
                 raise ValueError(
@@ -106,6 +121,23 @@ class Recipe(Section):
                 f"run.profile: expected steps up to optim.steps {self.optim.steps}, got {self.run.profile}"
             )
         return self
+
+
+    def _check_views(self) -> None:
+        """The objective gets as many views of an image as it compares, of the size that the encoder takes."""
+        name, wanted = self.objective.name, self.objective.views
+        if wanted == 1 and self.data.views != "none":
+            raise ValueError(f"data.views: expected none, {name} takes one view of an image; remove it")
+        if wanted == 1:
+            return
+        kinds, size = view_kinds(self.data.views), self.encoder.img_size
+        sizes = [view.size or size for view in kinds]
+        if sizes != [size] * wanted:
+            raise ValueError(
+                f"data.views: expected {wanted} views of {size} px, which {name} compares, got "
+                f"{len(sizes) or 'none'}{f' of {sizes} px' if sizes else ''}; set data.views to simclr, byol, or "
+                f"simclr-32 for images of 32 px"
+            )
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

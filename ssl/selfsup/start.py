@@ -19,9 +19,12 @@ from selfsup.data.images import train_batches
 from selfsup.data.index import ShardIndex, check_shards, open_shards
 from selfsup.data.order import ORDER_VERSION, BatchPlan
 from selfsup.data.sequential import BROKEN_PROMISES, sequential_batches
+from selfsup.data.views import ViewBatch
+from selfsup.layers.batch_norm import synchronise
 from selfsup.layers.block import Block
 from selfsup.memory import keep_freed_memory
 from selfsup.objectives.base import Objective
+from selfsup.optim import build_optimizer
 from selfsup.profiling import StepProfiler, parse_range
 from selfsup.recipe import Recipe
 from selfsup.run_folder import git_revision
@@ -87,12 +90,14 @@ def check_accelerator(result: Accelerator, on_cpu: bool) -> None:
 
 
 def build_objective(recipe: Recipe, device: torch.device) -> Objective:
-    """The objective with the weights that the seed gives it.
+    """The objective with the weights that the seed gives it, its batch norms over all processes.
 
-    Raises ValueError where activation checkpointing is asked of a model without a `Block`.
+    Raises ValueError where activation checkpointing is asked of a model without a `Block`, and on
+    several processes for a kind of batch norm that cannot be so.
     """
     torch.manual_seed(recipe.seed)
     objective = recipe.objective.build(recipe.encoder).to(device)
+    synchronise(objective)
     blocks = [module for module in objective.modules() if isinstance(module, Block)]
     if recipe.run.activation_checkpointing and not blocks:
         raise ValueError(
@@ -108,7 +113,14 @@ def batch_plan(recipe: Recipe) -> BatchPlan:
     """How the global batch is sliced over processes and micro-batches."""
     world, size = dist.world_size(), recipe.optim.batch_size
     micro = recipe.run.micro_batch or max(1, size // world)
-    return BatchPlan(global_batch=size, micro_batch=micro, rank=dist.rank(), world=world)
+    plan = BatchPlan(global_batch=size, micro_batch=micro, rank=dist.rank(), world=world)
+    if plan.accumulation > 1 and not recipe.objective.accumulates:
+        raise ValueError(
+            f"run.micro_batch: {recipe.objective.name} contrasts all images of a batch, and each of "
+            f"{plan.accumulation} micro-batches would see only {micro * world} of {size}; leave it out. Where memory "
+            f"is short set objective.chunk, or use more processes: both leave the gradient as it is"
+        )
+    return plan
 
 
 def open_index(recipe: Recipe) -> ShardIndex | None:
@@ -144,16 +156,20 @@ def resume(source: Path, state: TrainState) -> TrainState:
 
 def open_batches(
     recipe: Recipe, index: ShardIndex | None, plan: BatchPlan, state: TrainState
-) -> Generator[ImageBatch, None, None]:
+) -> Generator[ImageBatch | ViewBatch, None, None]:
     """This rank's endless micro-batches from the state's cursor on."""
     vit, data, workers = recipe.encoder, recipe.data, recipe.run.workers
+    on_cuda = recipe.run.device != "cpu" and torch.cuda.is_available()
+    on_device = recipe.run.augment == "device" or (recipe.run.augment == "auto" and on_cuda)
     if index is None:
         say(BROKEN_PROMISES)
         # The stream cannot be entered in the middle; another seed at least gives another order.
         seed = (recipe.seed + state.step) % 2**32
-        return sequential_batches(data, seed, vit.img_size, vit.in_chans, plan, workers)
+        return sequential_batches(data, seed, vit.img_size, vit.in_chans, plan, workers, on_device)
     cursor = state.samples
-    return train_batches(data, index, recipe.seed, vit.img_size, vit.in_chans, plan, cursor, workers)
+    return train_batches(
+        data, index, recipe.seed, vit.img_size, vit.in_chans, plan, cursor, workers, on_device
+    )
 
 
 def profiler(recipe: Recipe, step: int) -> StepProfiler | None:
@@ -190,7 +206,7 @@ def dry_run(recipe: Recipe) -> None:
     device = accelerator(recipe).device
     plan, index = batch_plan(recipe), open_index(recipe)
     objective = build_objective(recipe, device)
-    optimizer = torch.optim.AdamW(objective.parameters())
+    optimizer = build_optimizer(recipe.optim, objective)
     state = TrainState(objective, optimizer, None, recipe, 0, 0, {})
     batches = open_batches(recipe, index, plan, state)
     batch = next(batches).to(device, recipe.data.mean, recipe.data.std)
@@ -212,7 +228,8 @@ def dry_run(recipe: Recipe) -> None:
     parameters = [p.numel() for p in objective.parameters()]
     trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     copies = 1 if recipe.optim.ema is None else 2
-    state_bytes = 4 * copies * sum(parameters) + 12 * trainable  # weights; gradients and two AdamW moments
+    per_trainable = 1 + recipe.optim.moments  # its gradient, and what the optimizer keeps
+    state_bytes = 4 * copies * sum(parameters) + 4 * per_trainable * trainable
     say(dump_yaml(recipe))
     summarise(recipe, plan, index, state, device)
     say(

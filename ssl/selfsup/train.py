@@ -93,7 +93,7 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
 
         for group in optimizer.param_groups:
             group["lr"] = optim.lr(step)
-        loss = torch.zeros((), device=accelerator.device)
+        sums = {"loss": torch.zeros((), device=accelerator.device)}
         for i, batch in enumerate(micro_batches):
             seed_model(recipe.seed, step, i)
             batch = batch.to(accelerator.device, recipe.data.mean, recipe.data.std)
@@ -101,7 +101,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 output = model(batch, total)
                 accelerator.backward(output.loss)
-            loss += output.loss.detach()
+            for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+                sums[name] = sums.get(name, 0) + value
 
         done = step + 1
         measure_now = monitored and done % run.monitor_every == 0
@@ -114,27 +115,29 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         if log is not None and run.histogram_every and done % run.histogram_every == 0:
             log.histograms(done, objective)
         stepper.zero_grad()
-        objective.after_step(done / optim.steps)
+        objective.after_step(step / optim.steps)
         if ema is not None:
             ema.update(objective, done)
         state = state._replace(step=done, samples=state.samples + optim.batch_size)
         clock.step()
 
         if log_now or save_now:
-            mean_loss = dist.sum_over_ranks(loss.item())[0] / plan.world
-            require_finite(mean_loss, done)
+            over_ranks = dist.sum_over_ranks(*(value.item() for value in sums.values()))
+            means = {name: value / plan.world for name, value in zip(sums, over_ranks)}
+            require_finite(means["loss"], done)
         if log_now and log is not None:
-            values = {"loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "samples": state.samples}
+            values = {**means, "lr": optimizer.param_groups[0]["lr"], "samples": state.samples}
             if math.isfinite(grad_norm):  # fp16 skips a step that overflows
                 values["grad_norm"] = float(grad_norm)
             if index is not None:
                 values["epoch"] = state.samples / len(index)
             values |= clock.read(optim.batch_size, objective.flops_per_sample(), peak and peak * plan.world)
             if monitor is not None and measure_now:
-                values |= monitor.measure(objective.encoder)
+                values |= monitor.measure(objective.encoder, objective.projector)
+                log.distributions(done, monitor.similarities)
             log.write(done, values)
         if log is not None and run.picture_every and (done % run.picture_every == 0 or done == optim.steps):
-            views = {"training views": grid(micro_batches[-1].images[:64], 8)}
+            views = {"training views": grid(batch.shown(recipe.data.mean, recipe.data.std), 8)}
             log.pictures(done, {**views, **objective.pictures(batch, recipe.data.mean, recipe.data.std)})
         if save_now:
             dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)

@@ -18,9 +18,10 @@ from PIL import Image
 from data.making import encode, picture, write_shards, write_tar
 from selfsup.batch import ImageBatch
 from selfsup.config import validate
-from selfsup.data import images
+from selfsup.data import decode
 from selfsup.data.augment import crop_and_resize, crop_boxes, flips
-from selfsup.data.images import ImageData, decode_image, eval_batches, train_batches
+from selfsup.data.decode import decode_image
+from selfsup.data.images import ImageData, eval_batches, train_batches
 from selfsup.data.index import build_index, open_shards, save_index
 from selfsup.data.order import BatchPlan, sample_order
 
@@ -86,7 +87,7 @@ def webp_claiming(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("claiming", [png_claiming, jpeg_claiming, webp_claiming])
 def test_image_bombs_are_refused_by_their_header(claiming, monkeypatch):
     for decoder in ("PngImageFile", "WebPImageFile", "JpegImageFile"):
-        monkeypatch.setattr(images, decoder, None)  # not even opened
+        monkeypatch.setattr(decode, decoder, None)  # not even opened
     with pytest.raises(ValueError, match="its header says 10000 x 5001"):
         decode_image(claiming(5001, 10000), 3, "bomb")
 
@@ -94,7 +95,7 @@ def test_image_bombs_are_refused_by_their_header(claiming, monkeypatch):
 def test_webp_sizes_are_read_right():
     for options in ({"lossless": True}, {"quality": 50}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}):
         data = file_of(Image.fromarray(smooth(37, 300)), "WEBP", **options)
-        assert images._webp_size(data) == (37, 300)
+        assert decode._webp_size(data) == (37, 300)
 
 
 def flip_in(data: bytes, place: float) -> bytes:

@@ -13,7 +13,7 @@ import webdataset as wds
 from data.making import encode, picture, write_tar
 from selfsup.data import pack as pack_module
 from selfsup.data.check import damaged_images, main_check
-from selfsup.data.images import decode_image
+from selfsup.data.decode import decode_image
 from selfsup.data.index import build_index, load_index, open_shards, save_index
 from selfsup.data.pack import main_pack, pack, pack_arrays
 from selfsup.data.reader import ShardReader

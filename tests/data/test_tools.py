@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.making import encode, picture
-from selfsup.data.images import decode_image
+from selfsup.data.decode import decode_image
 from selfsup.data.index import open_shards
 from selfsup.data.reader import ShardReader
 

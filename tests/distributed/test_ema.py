@@ -4,11 +4,11 @@ import pytest
 from safetensors.torch import load_file
 
 from running import Server, make_shards, metrics, write_config
-from selfsup.optim import OptimConfig
+from selfsup.optim import AdamWConfig
 
 STEPS, DECAY = 5, 0.8
 LAYOUTS = [(1, 1), (1, 2), (2, 2)]  # (processes, accumulation)
-SCHEDULE = OptimConfig(
+SCHEDULE = AdamWConfig(
     steps=STEPS, batch_size=16, base_lr=1e-2, schedule="wsd", warmup_fraction=0.4, decay_fraction=0.4
 )
 

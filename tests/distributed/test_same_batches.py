@@ -3,7 +3,7 @@
 import pytest
 
 from running import Server, losses, make_shards, metrics, read_trace, write_config
-from selfsup.optim import OptimConfig
+from selfsup.optim import AdamWConfig
 
 STEPS = 50
 LAYOUTS = [
@@ -85,7 +85,7 @@ def test_planted_bugs_are_caught(bench, whole, mutant):
 
 @pytest.mark.slow
 def test_a_schedule_stepped_per_process_is_caught(bench):
-    config = OptimConfig(steps=STEPS, batch_size=16, base_lr=1e-2)
+    config = AdamWConfig(steps=STEPS, batch_size=16, base_lr=1e-2)
     expected = [config.lr(step) for step in range(STEPS)]
     assert [line["lr"] for line in metrics(bench(2, 1, 0))] == expected
     assert [line["lr"] for line in metrics(bench(2, 1, 0, mutant="schedule_per_process"))] != expected

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from selfsup.data.images import decode_image
+from selfsup.data.decode import decode_image
 from selfsup.data.index import ShardIndex, check_shards, load_index, open_shards, save_index
 from selfsup.data.reader import ShardReader
 from selfsup.data.shard import fork_or_spawn

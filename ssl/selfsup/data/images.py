@@ -1,36 +1,35 @@
-"""Images from shards to batches: the config, decoding, the data set, the loaders."""
+"""Images from shards to batches: the config, the data set, the loaders."""
 
 import atexit
-import io
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-import simplejpeg
 import torch
 from jaxtyping import Int64, UInt8
-from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from selfsup.batch import ImageBatch
 from selfsup.config import Section
-from selfsup.data.augment import crop_and_resize, crop_boxes, flips
+from selfsup.data.decode import decode
 from selfsup.data.index import ShardIndex
 from selfsup.data.order import BatchPlan, micro_batches, sample_order
 from selfsup.data.reader import ShardReader
-
-MAX_PIXELS = 50_000_000
-"""A header that promises more is refused before anything is decoded: a few kB can claim gigabytes."""
-
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-
-Positive = Annotated[float, Field(gt=0)]
+from selfsup.data.views import (
+    Positive,
+    Share,
+    View,
+    ViewBatch,
+    Views,
+    augment,
+    crop,
+    draw_colours,
+    low_before_high,
+    view_kinds,
+)
 
 
 class ImageData(Section):
@@ -43,12 +42,15 @@ class ImageData(Section):
     """auto: read by the index beside the shards; none: stream with webdataset, its promises weaker."""
     order: Literal["shuffled", "chunked", "sequential"] = "shuffled"
     """shuffled over everything; chunked for hard disks and network file systems; or as stored."""
-    crop_scale: tuple[Positive, Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
+    crop_scale: tuple[Positive, Share] = (0.2, 1.0)
     """Random resized crop: least and largest share of the image's area."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Random resized crop: least and largest width / height."""
     hflip: float = Field(0.5, ge=0, le=1)
     """Probability of mirroring left to right."""
+    views: Views = "none"
+    """none: one view, cropped and mirrored as above. Several, which have crops of their own: simclr, simclr-32
+    (32 pixels), byol (MoCo-v3 too), or in YAML a list of kinds of view: [{count: 2}, {size: 96, count: 6}]."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Subtracted from pixels scaled to 0..1, one value a channel (3, or 1 for grey)."""
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
@@ -57,9 +59,7 @@ class ImageData(Section):
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
     def _low_before_high(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"expected low <= high, got {value[0]} and {value[1]}")
-        return value
+        return low_before_high(value)
 
     @field_validator("mean", "std")
     @classmethod
@@ -68,87 +68,62 @@ class ImageData(Section):
             raise ValueError(f"expected 1 or 3 values, one a channel, got {len(value)}")
         return value
 
+    @field_validator("views")
+    @classmethod
+    def _at_least_one(cls, value: str | tuple[View, ...]) -> str | tuple[View, ...]:
+        if not value:
+            raise ValueError("expected at least one kind of view, got an empty list")
+        return value
 
-def decode_image(data: bytes, channels: int, name: str) -> UInt8[np.ndarray, "h w channels"]:
-    """JPEG, PNG or WebP bytes to uint8 (h, w, channels), channels 1 (grey) or 3 (RGB).
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> "ImageData":
+        for key in ("crop_scale", "crop_ratio", "hflip"):
+            given, default = getattr(self, key), ImageData.model_fields[key].default
+            if self.views != "none" and given != default:
+                raise ValueError(
+                    f"{key}: views have their own, so this one would be ignored: expected its default "
+                    f"{default}, got {given}; write data.views as a list and set {key} there"
+                )
+        return self
 
-    An EXIF orientation is not applied, transparency is dropped, 16 bits are cut to 8; of an
-    animation the first frame. Raises ValueError naming the sample for other formats, for damage (a
-    JPEG decoder's warnings count), and above MAX_PIXELS.
-    """
-    assert channels in (1, 3), channels
-    try:
-        return _decode(data, channels)
-    except Exception as error:  # decoders raise anything from KeyError to SyntaxError on damaged input
-        raise ValueError(f"{name}: cannot decode the image: {error}") from error
-
-
-def _decode(data: bytes, channels: int) -> np.ndarray:
-    if data.startswith(_JPEG):
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(height, width)
-        if colours in ("CMYK", "YCCK"):
-            return _decode_pil(JpegImageFile(io.BytesIO(data)), channels)
-        return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
-    if data.startswith(_PNG):
-        _check_size(int.from_bytes(data[20:24]), int.from_bytes(data[16:20]))  # IHDR comes first
-        return _decode_pil(PngImageFile(io.BytesIO(data)), channels)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        _check_size(*_webp_size(data))
-        return _decode_pil(WebPImageFile(io.BytesIO(data)), channels)
-    raise ValueError(f"not a JPEG, PNG or WebP image (it begins with {data[:8]!r})")
-
-
-def _check_size(height: int, width: int) -> None:
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"expected 1 to {MAX_PIXELS} pixels, its header says {height} x {width}")
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from the first chunk: extended, lossless or lossy."""
-    if data[12:16] == b"VP8X":
-        return int.from_bytes(data[27:30], "little") + 1, int.from_bytes(data[24:27], "little") + 1
-    if data[12:16] == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    return int.from_bytes(data[28:30], "little") & 0x3FFF, int.from_bytes(data[26:28], "little") & 0x3FFF
-
-
-def _decode_pil(image: Image.Image, channels: int) -> np.ndarray:
-    _check_size(image.height, image.width)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip at 255
-    mode = "RGB" if channels == 3 else "L"
-    pixels = np.array(image if image.mode == mode else image.convert(mode))  # a copy: PIL's is read-only
-    return pixels.reshape(*pixels.shape[:2], channels)
+    def kinds(self, img_size: int) -> tuple[View, ...]:
+        """The views of an image in the order of their numbers, `size` resolved; the plain crop for none."""
+        if self.views != "none":
+            kinds = view_kinds(self.views)
+            return tuple(kind.model_copy(update={"size": kind.size or img_size}) for kind in kinds)
+        crops = {"crop_scale": self.crop_scale, "crop_ratio": self.crop_ratio, "hflip": self.hflip}
+        return (View(size=img_size, **crops, jitter=0, grey=0, blur=0, solarise=0),)
 
 
 class TrainImages(Dataset):
     """Map-style: from global cursors to a finished micro-batch, a pure function."""
 
-    def __init__(self, config: ImageData, index: ShardIndex, seed: int, img_size: int, channels: int) -> None:
+    def __init__(
+        self,
+        config: ImageData,
+        index: ShardIndex,
+        seed: int,
+        img_size: int,
+        channels: int,
+        colours_on_device: bool = False,
+    ) -> None:
         self.config, self.index, self.seed = config, index, seed
-        self.img_size, self.channels = img_size, channels
+        self.img_size, self.channels, self.colours_on_device = img_size, channels, colours_on_device
         self.reader = ShardReader(index)
 
-    def batch(self, cursors: Int64[np.ndarray, "b"]) -> ImageBatch:
-        """The micro-batch at int64 (b,) cursors; images uint8 (b, c, img_size, img_size).
+    def batch(self, cursors: Int64[np.ndarray, "b"]) -> ImageBatch | ViewBatch:
+        """The micro-batch at int64 (b,) cursors; pixels uint8.
 
         Raises ValueError naming shard and key for a sample that cannot be read or decoded.
         """
         epoch, position = np.divmod(cursors, len(self.index))
         rows = sample_order(self.seed, epoch, position, len(self.index), self.config.order)
         images = _decode_rows(self.index, self.reader, rows, self.channels)
-        pixels = augment(self.config, self.seed, epoch, position, images, self.img_size)
-        return ImageBatch(
-            images=torch.from_numpy(pixels),
-            seed=self.seed,
-            epoch=torch.from_numpy(epoch),
-            position=torch.from_numpy(position),
-            index=torch.from_numpy(rows),
+        return make_batch(
+            self.config, self.seed, epoch, position, rows, images, self.img_size, self.colours_on_device
         )
 
-    def __getitems__(self, cursors: Int64[np.ndarray, "b"]) -> ImageBatch | ValueError:
+    def __getitems__(self, cursors: Int64[np.ndarray, "b"]) -> ImageBatch | ViewBatch | ValueError:
         """`batch`, its ValueError returned: the loader would bury the message in two tracebacks."""
         try:
             return self.batch(cursors)
@@ -156,20 +131,32 @@ class TrainImages(Dataset):
             return error
 
 
-def augment(
+def make_batch(
     config: ImageData,
     seed: int,
     epoch: Int64[np.ndarray, "b"],
     position: Int64[np.ndarray, "b"],
+    rows: Int64[np.ndarray, "b"],
     images: list[UInt8[np.ndarray, "_ _ c"]],
     img_size: int,
-    view: int = 0,
-) -> UInt8[np.ndarray, "b c s s"]:
-    """A random view of each image: uint8 (b, c, img_size, img_size). Training takes view 0."""
-    shapes = np.array([image.shape[:2] for image in images], dtype=np.int64)
-    height, width = shapes[:, 0], shapes[:, 1]
-    boxes = crop_boxes(seed, epoch, position, height, width, config.crop_scale, config.crop_ratio, view)
-    return crop_and_resize(images, boxes, flips(seed, epoch, position, config.hflip, view), img_size)
+    colours_on_device: bool,
+) -> ImageBatch | ViewBatch:
+    """A finished micro-batch of decoded images: an ImageBatch where data.views is none.
+
+    colours_on_device: crops only, their colours drawn and left to `ViewBatch.to`.
+    """
+    kinds = config.kinds(img_size)
+    keys = (seed, torch.from_numpy(epoch), torch.from_numpy(position), torch.from_numpy(rows))
+    if config.views == "none":
+        return ImageBatch(augment(kinds[0], seed, epoch, position, images, img_size), *keys)
+    pixels = crop if colours_on_device else augment
+    views = tuple(
+        pixels(kind, seed, epoch, position, images, kind.size, number) for number, kind in enumerate(kinds)
+    )
+    if not colours_on_device:
+        return ViewBatch(views, *keys)
+    colours = (draw_colours(kind, seed, epoch, position, number) for number, kind in enumerate(kinds))
+    return ViewBatch(views, *keys, kinds, tuple(colours))
 
 
 class EvalImages(Dataset):
@@ -194,7 +181,7 @@ def _decode_rows(index: ShardIndex, reader: ShardReader, rows: np.ndarray, chann
     images = []
     for row, data in zip(rows, reader.read(rows)):
         try:
-            images.append(_decode(data, channels))
+            images.append(decode(data, channels))
         except Exception as error:
             fix = f"find all with: selfsup data check {index.folder}"
             raise ValueError(f"{index.name(row)}: cannot decode the image: {error}; {fix}") from error
@@ -219,13 +206,14 @@ def train_batches(
     plan: BatchPlan,
     start_cursor: int,
     workers: int,
-) -> Iterator[ImageBatch]:
+    colours_on_device: bool = False,
+) -> Iterator[ImageBatch | ViewBatch]:
     """This rank's micro-batches from `start_cursor` on, without end; `.close()` ends the workers.
 
-    The same batches whatever the number of workers. Iterating raises ValueError, naming shard and
-    key, for a sample that cannot be read or decoded: nothing is replaced in silence.
+    The same batches whatever the number of workers. colours_on_device: see `make_batch`. Iterating raises
+    ValueError, naming shard and key, for a sample that cannot be read or decoded: nothing is replaced in silence.
     """
-    dataset = TrainImages(config, index, seed, img_size, channels)
+    dataset = TrainImages(config, index, seed, img_size, channels, colours_on_device)
     # Workers hold about the next whole step ready, and at least two micro-batches each.
     prefetch = min(8, max(2, -(-plan.accumulation // max(1, workers)) + 1))
     return load(dataset, micro_batches(plan, start_cursor), workers, prefetch)

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from selfsup.data.images import decode_image
+from selfsup.data.decode import decode_image
 from selfsup.data.index import (
     CLASSES_NAME,
     INDEX_NAME,

@@ -9,15 +9,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from selfsup.batch import ImageBatch
-from selfsup.data.images import ImageData, augment, decode_image, load
+from selfsup.data.decode import decode_image
+from selfsup.data.images import ImageData, load, make_batch
 from selfsup.data.index import list_shards, local_folder
 from selfsup.data.order import BatchPlan
 from selfsup.data.shard import IMAGE_EXTENSIONS, check_is_tar
+from selfsup.data.views import ViewBatch
 from selfsup.keyed import Purpose, random_bits
 
 BROKEN_PROMISES = """\
@@ -34,10 +35,17 @@ _BUFFER = 1000
 
 
 def sequential_batches(
-    config: ImageData, seed: int, img_size: int, channels: int, plan: BatchPlan, workers: int
-) -> Iterator[ImageBatch]:
+    config: ImageData,
+    seed: int,
+    img_size: int,
+    channels: int,
+    plan: BatchPlan,
+    workers: int,
+    colours_on_device: bool = False,
+) -> Iterator[ImageBatch | ViewBatch]:
     """This rank's micro-batches without end: uint8 images, index -1, epoch 0, positions that no two
-    samples of a run share. Order and crops follow from `seed`: a resumed run had better bring another.
+    samples of a run share. Order and views follow from `seed`: a resumed run had better bring another.
+    colours_on_device: see `make_batch`.
 
     Raises ValueError for a missing folder, for fewer shards than readers (ranks x workers), for
     what is not a plain tar, and, while iterating, for a sample that cannot be decoded.
@@ -62,7 +70,9 @@ def sequential_batches(
             f"data.index: none: webdataset takes this for process {seen[0]} of {seen[1]}, expected "
             f"{plan.rank} of {plan.world}; unset RANK and WORLD_SIZE, or start with torchrun"
         )
-    dataset = _Stream(config, seed, img_size, channels, plan, [str(path) for path in paths])
+    dataset = _Stream(
+        config, seed, img_size, channels, plan, [str(path) for path in paths], colours_on_device
+    )
     return load(dataset, None, workers, prefetch=2)
 
 
@@ -77,11 +87,12 @@ class _Stream(IterableDataset):
         channels: int,
         plan: BatchPlan,
         paths: list[str],
+        colours_on_device: bool,
     ) -> None:
         self.config, self.seed, self.img_size, self.channels = config, seed, img_size, channels
-        self.plan, self.paths = plan, paths
+        self.plan, self.paths, self.colours_on_device = plan, paths, colours_on_device
 
-    def __iter__(self) -> Iterator[ImageBatch | ValueError]:
+    def __iter__(self) -> Iterator[ImageBatch | ViewBatch | ValueError]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader, readers = self.plan.rank * workers + number, self.plan.world * workers
@@ -122,14 +133,10 @@ class _Stream(IterableDataset):
         data = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
         return decode_image(data, self.channels, f"{sample['__url__']}: {sample['__key__']}")
 
-    def _batch(self, images: list[np.ndarray], position: np.ndarray) -> ImageBatch:
-        epoch = np.zeros_like(position)
-        return ImageBatch(
-            images=torch.from_numpy(augment(self.config, self.seed, epoch, position, images, self.img_size)),
-            seed=self.seed,
-            epoch=torch.from_numpy(epoch),
-            position=torch.from_numpy(position),
-            index=torch.full((len(images),), -1),
+    def _batch(self, images: list[np.ndarray], position: np.ndarray) -> ImageBatch | ViewBatch:
+        epoch, rows = np.zeros_like(position), np.full_like(position, -1)
+        return make_batch(
+            self.config, self.seed, epoch, position, rows, images, self.img_size, self.colours_on_device
         )
 
 

@@ -1,11 +1,15 @@
-"""Any timm backbone as an encoder, by name. Its state dict is timm's own."""
+"""Any timm backbone as an encoder, by name. Its state dict is timm's own, under `model.`."""
 
+from functools import lru_cache
 from typing import Annotated, Literal
 
+import torch
 from jaxtyping import Float
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from selfsup import flops
 from selfsup.config import Section
 
 
@@ -19,6 +23,9 @@ class TimmConfig(Section):
     """Side of the square input in pixels."""
     in_chans: Literal[1, 3] = 3
     """1: images are read as grey; 3: as RGB."""
+    stem: Literal["default", "cifar"] = "default"
+    """cifar: a ResNet for images of 32 px, which begins with a 3x3 convolution of stride 1 and has no max-pool
+    (Chen et al. 2020, sec. B.9); default: timm's own."""
 
     @field_validator("model")
     @classmethod
@@ -32,6 +39,30 @@ class TimmConfig(Section):
                 f"expected the name of an architecture in timm {timm.__version__}, got {value!r}{hint}"
             )
         return value
+
+    @model_validator(mode="after")
+    def _check_stem(self) -> "TimmConfig":
+        if self.stem == "cifar":
+            _skeleton(self)  # refuses what has another stem
+        return self
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a feature."""
+        return _skeleton(self).embed_dim
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether a feature depends, in training, on the other images of the batch."""
+        return has_batch_norm(_skeleton(self))
+
+    def flops_per_image(self) -> float:
+        """FLOPs of one image, forward: counted, not derived."""
+        return _counted(self).forward
+
+    def training_flops(self) -> float:
+        """FLOPs of one image, forward and backward."""
+        return _counted(self).training
 
     def build(self) -> "TimmEncoder":
         """The module, freshly initialised from torch's global generator."""
@@ -47,10 +78,12 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.config = config
         # Vision transformers are built for an image size; convolutions take any and know no such argument.
-        sized = {"img_size": config.img_size} if _wants_size(config.model) else {}
+        sized = {"img_size": config.img_size} if wants_size(config.model) else {}
         self.model = timm.create_model(
             config.model, pretrained=False, num_classes=0, in_chans=config.in_chans, **sized
         )
+        if config.stem == "cifar":
+            replace_stem(self.model, config.model)
 
     @property
     def embed_dim(self) -> int:
@@ -69,9 +102,47 @@ class TimmEncoder(nn.Module):
         return self.model(images)
 
 
-def _wants_size(model: str) -> bool:
+def replace_stem(model: nn.Module, name: str) -> None:
+    """Puts a 3x3 convolution of stride 1 for `conv1` and nothing for `maxpool`, in place.
+
+    The new weights are drawn as timm draws those of all its convolutions (kaiming normal over the
+    fan-out, resnet.py, init_weights); nothing else is drawn again, so that a last norm of a residual
+    branch stays at timm's zero. Raises ValueError for a model without that stem; name: what it is
+    called in the message.
+    """
+    from timm.models import ResNet
+
+    if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
+        raise ValueError(
+            f"stem: cifar replaces the one convolution and the max-pool that timm's plain ResNets begin with; "
+            f"expected such a model, got {name}; use resnet18 or resnet50, or stem: default"
+        )
+    old = model.conv1
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+
+
+def has_batch_norm(encoder: nn.Module) -> bool:
+    """Whether any layer is a BatchNorm: then a feature depends, in training, on the rest of the batch."""
+    return any(isinstance(layer, _BatchNorm) for layer in encoder.modules())
+
+
+def wants_size(model: str) -> bool:
     """Whether timm marks the architecture as one of a fixed input size."""
     import timm
 
     config = timm.get_pretrained_cfg(model)
     return config is not None and config.fixed_input_size
+
+
+@lru_cache(maxsize=16)
+def _skeleton(config: TimmConfig) -> TimmEncoder:
+    """The module without its numbers, for what only it knows. Draws nothing."""
+    with torch.device("meta"):
+        return TimmEncoder(config)
+
+
+@lru_cache(maxsize=16)
+def _counted(config: TimmConfig) -> flops.Counted:
+    return flops.counted(_skeleton(config), config.img_size, config.in_chans)

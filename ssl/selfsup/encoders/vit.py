@@ -10,6 +10,7 @@ from jaxtyping import Float, Num
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from selfsup import flops
 from selfsup.attention.dispatch import AttentionName
 from selfsup.config import Section
 from selfsup.layers.block import LAYER_NORM_EPS, ActivationName, Block
@@ -58,6 +59,10 @@ class ViTConfig(Section):
     """Stochastic depth at the last block; rises linearly from 0 at the first."""
     attention: AttentionName = "reference"
     """Attention kernel: our own (reference; tiled: O(l) memory), torch's (torch, flex), or by shape (auto)."""
+    init: Literal["mae", "mocov3"] = "mae"
+    """Initial weights: MAE's, or MoCo-v3's, whose queries, keys and values start larger."""
+    frozen_patch_embed: bool = False
+    """The patch convolution stays as it was drawn: against instability (MoCo-v3, sec. 4.2)."""
 
     @model_validator(mode="after")
     def _check(self) -> "ViTConfig":
@@ -92,6 +97,24 @@ class ViTConfig(Section):
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: the class token, then the registers."""
         return int(self.class_token) + self.reg_tokens
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Never: a feature depends on its own image alone."""
+        return False
+
+    def flops_per_image(self) -> float:
+        """FLOPs of one image, forward, over all tokens."""
+        tokens = self.num_prefix_tokens + self.num_patches
+        return self._patch_embed_flops() + self.depth * flops.block(tokens, self.embed_dim, self.mlp_ratio)
+
+    def training_flops(self) -> float:
+        """FLOPs of one image, forward and backward, over all tokens."""
+        # The backward pass costs twice the forward one, but pixels and frozen weights need no gradient.
+        return 3 * self.flops_per_image() - (1 + self.frozen_patch_embed) * self._patch_embed_flops()
+
+    def _patch_embed_flops(self) -> float:
+        return flops.linear(self.num_patches, self.patch_size**2 * self.in_chans, self.embed_dim)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values; peft asks the `config` of what it adapts for this."""
@@ -136,17 +159,24 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.init_weights()
+        self.patch_embed.requires_grad_(not config.frozen_patch_embed)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """MAE's initialisation (`models_mae.py`, initialize_weights), every bias zero."""
+        """MAE's initialisation (`models_mae.py`, initialize_weights), every bias zero; or MoCo-v3's
+        (Chen et al. 2021, "An Empirical Study of Training Self-Supervised Vision Transformers";
+        `vits.py`), which differs in queries, keys, values and class token."""
+        mocov3 = self.config.init == "mocov3"
         init_linear_layers(self)
+        for block in self.blocks if mocov3 else ():
+            for part in block.attn.qkv.weight.chunk(3):  # each (d, d): bound sqrt(6 / 2d), not sqrt(6 / 4d)
+                nn.init.xavier_uniform_(part)
         # The convolution as the linear layer it is: xavier over (embed_dim, c*p*p).
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
         if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=0.02)
+            nn.init.normal_(self.cls_token, std=1e-6 if mocov3 else 0.02)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=0.02)
         if self.config.pos_embed == "learned":
@@ -154,6 +184,11 @@ class ViT(nn.Module):
         elif self.config.pos_embed == "sincos":
             grid = self.config.img_size // self.config.patch_size
             self.pos_embed[:, self.num_prefix_tokens :] = sincos_2d(self.config.embed_dim, grid)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a feature."""
+        return self.config.embed_dim
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -222,7 +257,7 @@ class ViT(nn.Module):
 def init_linear_layers(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases for every Linear, ones and zeros for every LayerNorm.
 
-    A fused qkv counts as one (3d x d) matrix, as in MAE (MoCo-v3 initialises the three apart).
+    A fused qkv counts as one (3d x d) matrix, as in MAE.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from selfsup.checkpoint import Weights
+from selfsup.encoders import EncoderConfig
+from selfsup.encoders.vit import ViTConfig
 from selfsup.export.verify import Check
 from selfsup.recipe import Recipe
 
@@ -52,32 +54,31 @@ def model_card(
     state: the content of the checkpoint's state.json. Only what the run knows is said; a licence is
     for the publisher to add.
     """
-    encoder, data = recipe.encoder, recipe.data
+    encoder, data, described = recipe.encoder, recipe.data, describe(recipe.encoder)
     facts = {key: value for key, value in state.items() if key not in _NOT_FACTS}
     header = {
         "library_name": usage.tags[0],
         "pipeline_tag": "image-feature-extraction",
-        "tags": [*usage.tags, "self-supervised", recipe.objective.name, encoder.name],
+        "tags": [*usage.tags, "self-supervised", recipe.objective.name, described.tag],
     }
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),
         "---",
         "",
-        f"# {encoder.name} {encoder.embed_dim}/{encoder.depth}/{encoder.num_heads}, {recipe.objective.name}",
+        f"# {described.title}, {recipe.objective.name}",
         "",
-        f"A vision transformer (width {encoder.embed_dim}, {encoder.depth} blocks, {encoder.num_heads} "
-        f"heads, patch {encoder.patch_size}) pretrained without labels by selfsup. {usage.contents}",
+        f"{described.sentence} pretrained without labels by selfsup. {usage.contents}",
         "",
         f"- Objective: `{recipe.objective.name}`. {(type(recipe.objective).__doc__ or '').splitlines()[0]}",
         f"- Data: `{_short(str(data.shards))}`",
         f"- Training: {state['step']} optimizer steps, {state['samples']} samples (an image counts each "
         "time it is seen)",
-        *([f"- Weights: averaged over steps, decay {recipe.optim.ema}"] if weights == "ema" else []),
+        *_weights_line(recipe, weights),
         f"- Input: {encoder.in_chans} x {encoder.img_size} x {encoder.img_size} pixels, scaled to [0, 1], "
         f"then (x - mean) / std with mean {list(data.mean)}, std {list(data.std)}; short side resized "
         "(bicubic), centre crop",
-        f"- Feature: {encoder.embed_dim} numbers, {POOLING[encoder.pool]}",
+        f"- Feature: {encoder.embed_dim} numbers, {described.feature}",
         *(f"- {key.replace('_', ' ')}: `{json.dumps(value)}`" for key, value in facts.items()),
         "",
         "## Load",
@@ -101,6 +102,46 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+class Described(NamedTuple):
+    """An encoder in words."""
+
+    title: str
+    """A few words."""
+    tag: str
+    """One word for the Hub."""
+    sentence: str
+    """The beginning of a sentence: what it is."""
+    feature: str
+    """What a feature is, a phrase."""
+
+
+def describe(encoder: EncoderConfig) -> Described:
+    """Architecture and feature, for a card."""
+    if isinstance(encoder, ViTConfig):
+        dim, depth, heads = encoder.embed_dim, encoder.depth, encoder.num_heads
+        return Described(
+            f"{encoder.name} {dim}/{depth}/{heads}",
+            encoder.name,
+            f"A vision transformer (width {dim}, {depth} blocks, {heads} heads, patch {encoder.patch_size})",
+            POOLING[encoder.pool],
+        )
+    title, stem = encoder.model, ""
+    if encoder.stem == "cifar":
+        title += " for small images"
+        stem = ", but with a 3x3 convolution of stride 1 and no max-pool for a stem (Chen et al. 2020, B.9),"
+    pooling = "as timm pools what the last layer gives"
+    return Described(title, encoder.model, f"timm's {encoder.model}{stem}", pooling)
+
+
+def _weights_line(recipe: Recipe, weights: Weights) -> list[str]:
+    """Nothing for those of the last step."""
+    if weights == "ema":
+        return [f"- Weights: averaged over steps, decay {recipe.optim.ema}"]
+    if weights == "target":
+        return [f"- Weights: the target network's, which {recipe.objective.name} averages while it trains"]
+    return []
 
 
 def example_input(recipe: Recipe) -> str:

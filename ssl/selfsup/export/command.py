@@ -27,9 +27,9 @@ def main_export(
         run: run folder (its newest whole checkpoint) or a checkpoint folder.
         to: timm: a folder that timm and transformers' AutoModel load; hf: transformers' ViTModel; hf-mae:
             transformers' ViTMAEForPreTraining, with the decoder; mae: facebookresearch/mae's checkpoint.pth,
-            with the decoder; torchvision: its VisionTransformer.
-        out: folder to write; default RUN/export/TO-step-N, with -ema behind it for averaged weights.
-        weights: those of the last step, or their average over steps (of a run with optim.ema).
+            with the decoder; torchvision: its VisionTransformer, or a ResNet that timm names the same.
+        out: folder to write; default RUN/export/TO-step-N, with -ema or -target behind it for other weights.
+        weights: those of the last step, their average over steps (optim.ema), or byol's target network.
     """
     exports = {
         "timm": export_timm,

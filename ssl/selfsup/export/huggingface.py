@@ -33,6 +33,7 @@ from selfsup.export.verify import (
 from selfsup.export.write import (
     ExportReport,
     destination,
+    expect_vit,
     read_state,
     refuse,
     staged,
@@ -82,8 +83,8 @@ def export_hf(source: Path, out: Path | None = None, weights: Weights = "trained
     ValueError also for an encoder that ViTModel cannot express, and without transformers.
     """
     encoder, recipe, checkpoint, passed_over = load_encoder(source, weights)
+    refuse_unlike_vit("hf", expect_vit("hf", recipe.encoder))
     expect_transformers("hf")
-    refuse_unlike_vit("hf", recipe.encoder)
     state, usage = read_state(checkpoint), _usage(recipe)
     final = destination("hf", checkpoint, state["step"], out, weights)
     with staged(final) as tmp:

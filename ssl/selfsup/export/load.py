@@ -5,69 +5,22 @@ Weights are read from safetensors only, and code from a model repository is neve
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfsup.checkpoint import Weights, load_encoder
-from selfsup.encoders.vit import ViT
-from selfsup.export.card import POOLING
+from selfsup.export.frozen import FrozenEncoder, as_tokens, freeze, from_encoder, timm_patches, timm_pooling
+from selfsup.export.timm import CIFAR_STEM, cifar_model
 from selfsup.export.verify import quiet_transformers
-from selfsup.recipe import Recipe
 
 ACCEPTED = (
     "a run folder or checkpoint of selfsup, a timm-format folder (config.json with architecture), a Hugging "
     "Face folder (config.json with model_type), timm:NAME or a timm model name, hf:NAME"
 )
-
-
-@dataclass(frozen=True)
-class FrozenEncoder:
-    """A pretrained encoder in eval mode, without gradients, and how to feed it."""
-
-    name: str
-    """Where it came from, as asked for."""
-    module: nn.Module
-    img_size: int
-    """Side of the square input in pixels."""
-    in_chans: int
-    mean: tuple[float, ...]
-    """Of pixels in [0, 1], one per channel."""
-    std: tuple[float, ...]
-    describe: str
-    """Architecture and what a feature is, one sentence."""
-    pooled: Callable[[Tensor], Tensor]
-    """Normalised images -> features, calling `module`."""
-    patches: Callable[[Tensor], Tensor]
-    """Normalised images -> patch tokens, calling `module`."""
-    recipe: Recipe | None = None
-    """Of our own checkpoints."""
-    checkpoint: Path | None = None
-    """The folder loaded, of our own checkpoints."""
-    notes: tuple[str, ...] = ()
-    """Damaged checkpoints that were passed over, a sentence each."""
-    weights: Weights = "trained"
-    """Which of our own checkpoint's."""
-
-    @torch.inference_mode()
-    def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """One feature per image; images normalised by `mean` and `std`, on the module's device."""
-        return self.pooled(images)
-
-    @torch.inference_mode()
-    def tokens(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """One token per patch after the last norm, no class or register tokens; of a convolutional
-        network one per position of its last map. Images as for `features`."""
-        return self.patches(images)
-
-    def to(self, device: torch.device) -> "FrozenEncoder":
-        """Moves the module in place; returns self."""
-        self.module.to(device)
-        return self
 
 
 class _Input(NamedTuple):
@@ -81,17 +34,17 @@ def load_frozen(source: str, weights: Weights = "trained") -> FrozenEncoder:
     """The encoder that `source` names.
 
     source: see ACCEPTED. A folder wins over a name. Names without a folder are fetched by timm or
-    transformers from the Hugging Face Hub, or taken from their cache. weights: of a run; averaged ones
-    are had only of a run that keeps them.
+    transformers from the Hugging Face Hub, or taken from their cache. weights: of a run; averaged ones and
+    a target network's are had only of a run that keeps them.
     Raises ValueError for anything else, for weights that are not safetensors, for missing weights,
     and with the library's message where it cannot load (no network, no such name).
     """
     folder = Path(source)
     if (folder / "manifest.json").exists() or (folder / "checkpoints").is_dir():
         return _from_run(source, folder, weights)
-    if weights == "ema":
+    if weights != "trained":
         raise ValueError(
-            f"--weights ema: {source!r} is no run of selfsup, which alone keeps averaged weights; leave it out"
+            f"--weights {weights}: {source!r} is no run of selfsup, which alone keeps such weights; leave it out"
         )
     if folder.is_dir():
         return _from_folder(source, folder)
@@ -123,35 +76,15 @@ def _from_folder(source: str, folder: Path) -> FrozenEncoder:
         raise ValueError(f"{source}: no model.safetensors in this folder; selfsup reads no pickled weights")
     if "model_type" in config:
         return _from_transformers(source, str(folder))
+    if CIFAR_STEM.items() <= config.items():
+        return _frozen_timm(source, _or_one_line(source, lambda: cifar_model(folder)))
     return _from_timm(source, f"local-dir:{folder}", None)
 
 
 def _from_run(source: str, folder: Path, weights: Weights) -> FrozenEncoder:
     encoder, recipe, checkpoint, notes = load_encoder(folder, weights)
-    frozen = from_vit(encoder, recipe, source)
+    frozen = from_encoder(encoder, recipe, source)
     return replace(frozen, checkpoint=checkpoint, notes=tuple(notes), weights=weights)
-
-
-def from_vit(encoder: ViT, recipe: Recipe, name: str) -> FrozenEncoder:
-    """Our own encoder, frozen in place, fed as its recipe says."""
-    config = recipe.encoder
-    size = f"{config.embed_dim}/{config.depth}/{config.num_heads}"
-    return FrozenEncoder(
-        name=name,
-        module=_freeze(encoder),
-        img_size=config.img_size,
-        in_chans=config.in_chans,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-        describe=f"{config.name} {size}, {POOLING[config.pool]}",
-        pooled=encoder,
-        patches=lambda images: encoder.forward_features(images)[:, encoder.num_prefix_tokens :],
-        recipe=recipe,
-    )
-
-
-def _freeze(module: nn.Module) -> nn.Module:
-    return module.eval().requires_grad_(False)
 
 
 def _is_timm_name(name: str) -> bool:
@@ -183,38 +116,28 @@ def _from_timm(source: str, name: str, overlay: dict[str, Any] | None) -> Frozen
         source, lambda: timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     )
     module.reset_classifier(0)
+    return _frozen_timm(source, module)
+
+
+def _frozen_timm(source: str, module: Any) -> FrozenEncoder:
+    """timm's model without a head, fed as its pretrained_cfg says."""
+    import timm
+
     data = timm.data.resolve_model_data_config(module)
     in_chans, height, width = data["input_size"]
     if height != width:
         raise ValueError(f"{source}: expected a square input, got {height}x{width}")
-    pool = getattr(module, "global_pool", None)
-    pool = f"pooling {pool!r}" if isinstance(pool, str) else "its own pooling"
     return FrozenEncoder(
         name=source,
-        module=_freeze(module),
+        module=freeze(module),
         img_size=height,
         in_chans=in_chans,
         mean=tuple(map(float, data["mean"])),
         std=tuple(map(float, data["std"])),
-        describe=f"timm {module.pretrained_cfg.get('architecture') or name}, {pool} of timm",
+        describe=f"timm {module.pretrained_cfg.get('architecture') or source}, {timm_pooling(module)}",
         pooled=module,
-        patches=lambda images: _timm_patches(module, images),
+        patches=lambda images: timm_patches(module, images),
     )
-
-
-def _timm_patches(module: Any, images: Tensor) -> Tensor:
-    """What timm's `forward_features` gives, (b, n, d) with prefix tokens or a map, as (b, n, d)."""
-    tokens = module.forward_features(images)
-    if tokens.ndim == 3:
-        return tokens[:, getattr(module, "num_prefix_tokens", 0) :]
-    if getattr(module, "output_fmt", "NCHW") == "NHWC":
-        return tokens.flatten(1, 2)
-    return _as_tokens(tokens)
-
-
-def _as_tokens(tokens: Tensor) -> Tensor:
-    """(b, n, d) as it is; a map (b, d, h, w) as (b, h*w, d)."""
-    return tokens if tokens.ndim == 3 else tokens.flatten(2).transpose(1, 2)
 
 
 def _from_transformers(source: str, name: str) -> FrozenEncoder:
@@ -244,7 +167,7 @@ def _from_transformers(source: str, name: str) -> FrozenEncoder:
     pooled, patches, pooling = _transformers_outputs(module, kind)
     image = _transformers_input(source, module.config, processor)
     describe = f"transformers {kind}, {pooling}"
-    return FrozenEncoder(source, _freeze(module), *image, describe=describe, pooled=pooled, patches=patches)
+    return FrozenEncoder(source, freeze(module), *image, describe=describe, pooled=pooled, patches=patches)
 
 
 def _transformers_outputs(
@@ -258,12 +181,12 @@ def _transformers_outputs(
     """
     if kind == "timm_wrapper":
         inner, pooled = module.timm_model, lambda images: module(images).pooler_output
-        return pooled, lambda images: _timm_patches(inner, images), "timm's pooling"
+        return pooled, lambda images: timm_patches(inner, images), "timm's pooling"
 
     def last(images: Tensor) -> Tensor:
         if kind == "vit_mae":
             return _unmasked(module, images)
-        return _as_tokens(module(images).last_hidden_state)
+        return as_tokens(module(images).last_hidden_state)
 
     tokens = ("cls_token", "distillation_token", "register_tokens")  # (1, count, d); before the patches
     extra = {name: p.shape[1] for name, p in module.named_parameters() if name.endswith(tokens)}

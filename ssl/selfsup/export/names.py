@@ -9,8 +9,11 @@ BLOCK = re.compile(r"(?:decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def float_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A module's tensors in float32 under their own names; `pos_embed` is always among them."""
-    return {name: tensor.detach().float().contiguous() for name, tensor in module.state_dict().items()}
+    """A module's tensors in float32 under their own names, integers (a batch norm's counter) as they are."""
+    return {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous()
+        for name, tensor in module.state_dict().items()
+    }
 
 
 def rename(

@@ -3,19 +3,25 @@
 The encoder's state dict has timm's names already, so an export is a `config.json` beside it. What
 can go wrong is in that file (a pooling, a norm, a normalisation), loads without a complaint and
 scores wrong. So the folder is reloaded by the target libraries and its outputs are compared.
+
+One encoder timm cannot name: a ResNet with `stem: cifar`. Its folder holds the same files, and its
+card the three lines of Python that build it; `create_model(..., pretrained=True)` refuses the weights.
 """
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfsup.checkpoint import Weights, load_encoder
-from selfsup.encoders.vit import ViT, ViTConfig
+from selfsup.encoders import Encoder, EncoderConfig
+from selfsup.encoders.timm import TimmConfig, TimmEncoder, wants_size
+from selfsup.encoders.vit import ViTConfig
 from selfsup.export.card import ENCODER, Usage, example_input, model_card
 from selfsup.export.names import float_weights
 from selfsup.export.verify import (
@@ -46,10 +52,14 @@ from selfsup.recipe import Recipe
 # Any plain ViT entry point of timm's would do: `model_args` override every dimension it implies.
 ARCHITECTURE = "vit_base_patch16_224"
 GLOBAL_POOL = {"cls": "token", "mean": "avg"}
+CIFAR_STEM = {"selfsup_stem": "cifar"}
+"""What `config.json` says besides where the first layers are not those that timm builds."""
 
 
-def _refuse(encoder: ViTConfig) -> None:
+def _refuse(encoder: EncoderConfig) -> None:
     """The one place for what ViTConfig can say and timm's VisionTransformer cannot."""
+    if isinstance(encoder, TimmConfig):
+        return
     refuse(
         "timm",
         {
@@ -76,28 +86,61 @@ def export_timm(source: Path, out: Path | None = None, weights: Weights = "train
     state, usage = read_state(checkpoint), _usage(recipe)
     final = destination("timm", checkpoint, state["step"], out, weights)
     with staged(final) as tmp:
-        write_weights(tmp, float_weights(encoder))
+        write_weights(tmp, float_weights(encoder.model if isinstance(encoder, TimmEncoder) else encoder))
         write_json(tmp / "config.json", timm_config(recipe.encoder, recipe.data.mean, recipe.data.std))
         checks, unchecked = verify(tmp, encoder, recipe)
         (tmp / "README.md").write_text(model_card(recipe, state, weights, checks, unchecked, usage))
     return ExportReport(final, checkpoint, state["step"], checks, (*passed_over, *unchecked), usage.load)
 
 
-def timm_config(encoder: ViTConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+def timm_config(encoder: EncoderConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
     """The content of timm's `config.json`.
 
     mean, std: of pixels in [0, 1], one value per channel. `num_classes` stands at the top level
-    only (in `model_args` it breaks transformers 5); `fc_norm: false` keeps the norm before mean
-    pooling, where timm's default would put it behind, drop our weights and only warn.
+    only: in `model_args` it breaks transformers 5.
     """
-    pool, size = GLOBAL_POOL[encoder.pool], encoder.img_size
+    size = encoder.img_size
+    described = _backbone(encoder) if isinstance(encoder, TimmConfig) else _vit(encoder)
+    described["pretrained_cfg"] |= {
+        "input_size": [encoder.in_chans, size, size],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": list(mean),
+        "std": list(std),
+        "pool_size": None,
+    }
+    return {"num_classes": 0, **described}
+
+
+def _backbone(encoder: TimmConfig) -> dict[str, Any]:
+    """What names an architecture of timm's own, and the names of its first and last layer."""
+    import timm
+
+    known = timm.get_pretrained_cfg(encoder.model)
+    sized = {"img_size": encoder.img_size} if wants_size(encoder.model) else {}
+    return {
+        "architecture": encoder.model,
+        "model_args": {"in_chans": encoder.in_chans, **sized},
+        "pretrained_cfg": {
+            "fixed_input_size": bool(sized),
+            "first_conv": known.first_conv,
+            "classifier": known.classifier,
+        },
+        **(CIFAR_STEM if encoder.stem == "cifar" else {}),
+    }
+
+
+def _vit(encoder: ViTConfig) -> dict[str, Any]:
+    """Every dimension of our ViT. `fc_norm: false` keeps the norm before mean pooling, where timm's
+    default would put it behind, drop our weights and only warn."""
+    pool = GLOBAL_POOL[encoder.pool]
     return {
         "architecture": ARCHITECTURE,
-        "num_classes": 0,
         "num_features": encoder.embed_dim,
         "global_pool": pool,
         "model_args": {
-            "img_size": size,
+            "img_size": encoder.img_size,
             "patch_size": encoder.patch_size,
             "in_chans": encoder.in_chans,
             "embed_dim": encoder.embed_dim,
@@ -114,30 +157,40 @@ def timm_config(encoder: ViTConfig, mean: tuple[float, ...], std: tuple[float, .
             "init_values": encoder.layer_scale,
         },
         "pretrained_cfg": {
-            "input_size": [encoder.in_chans, size, size],
             "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": list(mean),
-            "std": list(std),
-            "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
     }
 
 
-def verify(folder: Path, encoder: ViT, recipe: Recipe) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+def cifar_model(folder: Path) -> Any:
+    """The ResNet of a folder exported with `stem: cifar`, as its card builds it, in eval mode.
+
+    Raises what timm and torch raise for a folder that is none: RuntimeError for weights that do not fit.
+    """
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder}")
+    old = model.conv1
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
+
+
+def verify(folder: Path, encoder: Encoder, recipe: Recipe) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     """Reloads a timm-format folder in timm and transformers and compares it with `encoder` (eval mode).
 
-    Compares pooled features and all tokens on a fixed random input, in float32 and float64, and what
-    timm makes of an image's pixels. Returns the measurements, and a sentence for a library that is not
-    installed. Raises ValueError where a library finds missing or unexpected weights, or outputs
-    differ (see `compare`).
+    Compares pooled features and all tokens (a map, of a convolutional network) on a fixed random input,
+    in float32 and float64, and what timm makes of an image's pixels. Returns the measurements, and a
+    sentence for a library that does not load it or is not installed. Raises ValueError where a library
+    finds missing or unexpected weights, or outputs differ (see `compare`).
     """
     reloaded, unchecked = [_reload_in_timm(folder)], []
-    if importlib.util.find_spec("transformers") is None:
+    if _has_cifar_stem(folder):
+        unchecked.append("not checked in transformers: it builds timm's own stem, and refuses these weights")
+    elif importlib.util.find_spec("transformers") is None:
         unchecked.append("not checked in transformers: not installed")
     else:
         reloaded.append(_reload_in_transformers(folder))
@@ -149,7 +202,12 @@ def _reload_in_timm(folder: Path) -> Reloaded:
     """Raises ValueError for missing or unexpected weights."""
     import timm
 
-    module = reload_in(folder, "timm", lambda: timm.create_model(f"local-dir:{folder}", pretrained=True))
+    def load() -> Any:
+        if _has_cifar_stem(folder):
+            return cifar_model(folder)
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+    module = reload_in(folder, "timm", load)
     # timm resizes what does not fit and logs what is missing: compare names and shapes ourselves.
     expect_same_names(folder, "timm", load_file(folder / "model.safetensors"), module)
 
@@ -157,6 +215,10 @@ def _reload_in_timm(folder: Path) -> Reloaded:
         return module.forward_features(images), module(images)
 
     return Reloaded(f"timm {timm.__version__}", module.eval(), outputs)
+
+
+def _has_cifar_stem(folder: Path) -> bool:
+    return CIFAR_STEM.items() <= json.loads((folder / "config.json").read_text()).items()
 
 
 def _check_transform(folder: Path, module: Any, recipe: Recipe) -> Check:
@@ -193,7 +255,9 @@ def _reload_in_transformers(folder: Path) -> Reloaded:
 
 
 def _usage(recipe: Recipe) -> Usage:
-    images = example_input(recipe)
+    encoder, images = recipe.encoder, example_input(recipe)
+    if isinstance(encoder, TimmConfig) and encoder.stem == "cifar":
+        return _cifar_usage(encoder, images)
     return Usage(
         tags=("timm", "transformers"),
         contents=ENCODER,
@@ -217,4 +281,31 @@ features = model({images}).pooler_output
         load='timm.create_model("local-dir:DIR", pretrained=True)',
         compared="Reloaded from this folder and compared with the trained encoder: all tokens and the "
         "pooled feature; the pixels that timm's transform gives",
+    )
+
+
+def _cifar_usage(encoder: TimmConfig, images: str) -> Usage:
+    return Usage(
+        tags=("timm",),
+        contents=ENCODER,
+        code=(
+            f"""
+import timm, torch
+from safetensors.torch import load_file
+
+model = timm.create_model("local-dir:DIR").eval()  # timm's {encoder.model}, without weights
+model.conv1, model.maxpool = torch.nn.Conv2d({encoder.in_chans}, 64, 3, padding=1, bias=False), torch.nn.Identity()
+model.load_state_dict(load_file("DIR/model.safetensors"))
+features = model({images})
+data = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**data)  # a PIL image to a normalised tensor
+""",
+        ),
+        load="the three lines of Python in DIR/README.md: timm has no option for the stem",
+        compared="Rebuilt from this folder as above and compared with the trained encoder: the last map and "
+        "the pooled feature; the pixels that timm's transform gives",
+        remarks=(
+            "timm has no option for this stem: `create_model` with `pretrained=True` refuses the folder, and so "
+            "does transformers.",
+        ),
     )

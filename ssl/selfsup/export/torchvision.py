@@ -1,4 +1,4 @@
-"""Export to torchvision's VisionTransformer: its tensors, and a config.json with its arguments."""
+"""Export to torchvision: VisionTransformer or a ResNet, its tensors and a config.json with its arguments."""
 
 import json
 from functools import partial
@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfsup.checkpoint import Weights, load_encoder
-from selfsup.encoders.vit import ViT, ViTConfig
+from selfsup.encoders import Encoder, EncoderConfig
+from selfsup.encoders.timm import TimmConfig, TimmEncoder
+from selfsup.encoders.vit import ViT
 from selfsup.export.card import ENCODER, Usage, example_input, model_card
 from selfsup.export.names import float_weights, rename, with_qkv_bias
 from selfsup.export.verify import (
@@ -48,10 +50,24 @@ LAYER = {
     "mlp.fc1": "mlp.0",
     "mlp.fc2": "mlp.3",
 }
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+"""The same layers under the same names in timm and torchvision."""
 
 
-def _refuse(encoder: ViTConfig) -> None:
-    """The one place for what ViTConfig can say and torchvision's VisionTransformer cannot."""
+def _refuse(encoder: EncoderConfig) -> None:
+    """The one place for what our configs can say and torchvision's models cannot."""
+    if isinstance(encoder, TimmConfig):
+        refuse(
+            "torchvision",
+            {
+                f"encoder.model is {encoder.model}, expected vit, or one of timm's {', '.join(RESNETS)}": (
+                    encoder.model not in RESNETS
+                ),
+                "encoder.stem is cifar, torchvision's ResNets have another": encoder.stem != "default",
+                "encoder.in_chans is 1, torchvision's ResNets take 3": encoder.in_chans != 3,
+            },
+        )
+        return
     refuse(
         "torchvision",
         {
@@ -64,10 +80,11 @@ def _refuse(encoder: ViTConfig) -> None:
 
 
 def export_torchvision(source: Path, out: Path | None = None, weights: Weights = "trained") -> ExportReport:
-    """Writes `model.safetensors` and `config.json` for torchvision.models.VisionTransformer without head.
+    """Writes `model.safetensors` and `config.json` for a model of torchvision's without head:
+    VisionTransformer, or the ResNet of the same name.
 
     Arguments, errors and the way it appears as in `export_timm`; default RUN/export/torchvision-step-N.
-    Raises ValueError also for an encoder that VisionTransformer cannot express.
+    Raises ValueError also for an encoder that torchvision cannot express.
     """
     encoder, recipe, checkpoint, passed_over = load_encoder(source, weights)
     _refuse(recipe.encoder)
@@ -81,15 +98,19 @@ def export_torchvision(source: Path, out: Path | None = None, weights: Weights =
     return ExportReport(final, checkpoint, state["step"], checks, tuple(passed_over), usage.load)
 
 
-def torchvision_weights(encoder: ViT) -> dict[str, Tensor]:
+def torchvision_weights(encoder: Encoder) -> dict[str, Tensor]:
     """The encoder's tensors under torchvision's names; a query, key, value bias of zeros where none is."""
+    if isinstance(encoder, TimmEncoder):
+        return float_weights(encoder.model)
     renamed = rename(with_qkv_bias(float_weights(encoder)), OUTSIDE, "encoder.layers.encoder_layer_", LAYER)
     # nn.MultiheadAttention holds these two itself, not in a layer.
     return {name.replace("in_proj.", "in_proj_"): tensor for name, tensor in renamed.items()}
 
 
-def torchvision_config(encoder: ViTConfig) -> dict[str, Any]:
-    """Arguments of VisionTransformer, and the LayerNorm epsilon that its `norm_layer` must have."""
+def torchvision_config(encoder: EncoderConfig) -> dict[str, Any]:
+    """A ResNet's name; or arguments of VisionTransformer, and the LayerNorm epsilon of its `norm_layer`."""
+    if isinstance(encoder, TimmConfig):
+        return {"model": encoder.model}
     return {
         "arguments": {
             "image_size": encoder.img_size,
@@ -103,8 +124,8 @@ def torchvision_config(encoder: ViTConfig) -> dict[str, Any]:
     }
 
 
-def verify(folder: Path, encoder: ViT) -> tuple[Check, ...]:
-    """Builds VisionTransformer from the folder and compares its class token with `encoder`'s feature.
+def verify(folder: Path, encoder: Encoder) -> tuple[Check, ...]:
+    """Builds the model from the folder and compares its feature with `encoder`'s.
 
     In float32 and float64. Raises ValueError where weights are missing or unexpected, or outputs
     differ (see `compare`).
@@ -113,10 +134,22 @@ def verify(folder: Path, encoder: ViT) -> tuple[Check, ...]:
     def ours(encoder: Any, images: Tensor) -> Outputs:
         return (encoder(images),)
 
-    return compare(folder, encoder, ours, [_reload(folder)], example_images(encoder.config))
+    reloaded = _reload_vit(folder) if isinstance(encoder, ViT) else _reload_resnet(folder)
+    return compare(folder, encoder, ours, [reloaded], example_images(encoder.config))
 
 
-def _reload(folder: Path) -> Reloaded:
+def _reload_resnet(folder: Path) -> Reloaded:
+    import torchvision
+
+    library = f"torchvision {torchvision.__version__}"
+    name = json.loads((folder / "config.json").read_text())["model"]
+    module = reload_in(folder, library, getattr(torchvision.models, name))
+    module.fc = nn.Identity()
+    load_strictly(folder, library, load_file(folder / "model.safetensors"), module)
+    return Reloaded(library, module, lambda module, images: (module(images),))
+
+
+def _reload_vit(folder: Path) -> Reloaded:
     import torchvision
 
     library = f"torchvision {torchvision.__version__}"
@@ -130,6 +163,8 @@ def _reload(folder: Path) -> Reloaded:
 
 
 def _usage(recipe: Recipe) -> Usage:
+    if isinstance(recipe.encoder, TimmConfig):
+        return _resnet_usage(recipe)
     code = f"""
 import json, torch
 from functools import partial
@@ -149,4 +184,24 @@ features = model({example_input(recipe)})
         code=(code,),
         load='torchvision.models.VisionTransformer and load_file("DIR/model.safetensors"), as DIR/README.md says',
         compared="Rebuilt from this folder and compared with the trained encoder: the class token",
+    )
+
+
+def _resnet_usage(recipe: Recipe) -> Usage:
+    name = recipe.encoder.model
+    code = f"""
+import torch, torchvision
+from safetensors.torch import load_file
+
+model = torchvision.models.{name}().eval()
+model.fc = torch.nn.Identity()  # for features; keep it for a classifier, and load with strict=False
+model.load_state_dict(load_file("DIR/model.safetensors"))
+features = model({example_input(recipe)})
+"""
+    return Usage(
+        tags=("torchvision",),
+        contents=ENCODER,
+        code=(code,),
+        load=f'torchvision.models.{name} and load_file("DIR/model.safetensors"), as DIR/README.md says',
+        compared="Rebuilt from this folder and compared with the trained encoder: the pooled feature",
     )

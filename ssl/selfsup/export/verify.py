@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from selfsup.encoders import Encoder, EncoderConfig
 from selfsup.encoders.vit import ViT, ViTConfig
 from selfsup.objectives.mae import MAE, mae_loss, patchify
 from selfsup.recipe import Recipe
@@ -92,7 +93,7 @@ def check_outputs(folder: Path, library: str, ours: Outputs, theirs: Outputs, to
     return check
 
 
-def example_images(encoder: ViTConfig) -> Float[Tensor, "2 c h w"]:
+def example_images(encoder: EncoderConfig) -> Float[Tensor, "2 c h w"]:
     """Two fixed random images, as if normalised: float32 from N(0, 1)."""
     shape = (2, encoder.in_chans, encoder.img_size, encoder.img_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -113,10 +114,10 @@ def example_noise(encoder: ViTConfig) -> Float[Tensor, "2 n"]:
     return torch.stack([torch.randperm(encoder.num_patches, generator=generator).float() for _ in range(2)])
 
 
-def encoder_outputs(encoder: ViT, images: Float[Tensor, "b c h w"]) -> Outputs:
-    """(all tokens after the last norm (b, m, d), pooled features (b, d))."""
+def encoder_outputs(encoder: Encoder, images: Float[Tensor, "b c h w"]) -> Outputs:
+    """(what the encoder has before its pooling: all tokens (b, m, d) or a map; pooled features (b, d))."""
     tokens = encoder.forward_features(images)
-    return tokens, encoder.pool(tokens)
+    return tokens, encoder.pool(tokens) if isinstance(encoder, ViT) else encoder(images)
 
 
 def mae_outputs(model: MAE, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]) -> Outputs:
@@ -129,9 +130,10 @@ def mae_outputs(model: MAE, images: Float[Tensor, "b c h w"], noise: Float[Tenso
 def expect_mae(to: str, objective: nn.Module, recipe: Recipe) -> None:
     """Raises ValueError where the objective is another than masked autoencoding."""
     if not isinstance(objective, MAE):
+        others = "--to timm or --to hf" if isinstance(recipe.encoder, ViTConfig) else "--to timm"
         raise ValueError(
             f"--to {to}: expected objective.name mae, got {recipe.objective.name}; NOT exported, export its "
-            "encoder with --to timm or --to hf"
+            f"encoder with {others}"
         )
 
 

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfsup.checkpoint import Weights
+from selfsup.checkpoint import Weights, weights_suffix
 from selfsup.durable import fsync_path
+from selfsup.encoders import EncoderConfig
 from selfsup.encoders.vit import ViTConfig
 from selfsup.export.verify import Check
 
@@ -38,14 +39,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def destination(to: str, checkpoint: Path, step: int, out: Path | None, weights: Weights) -> Path:
-    """The folder to write: `out`, else RUN/export/TO-step-N, with -ema for averaged weights.
+    """The folder to write: `out`, else RUN/export/TO-step-N, with -ema or -target for other weights.
 
     Raises ValueError where it exists, and without `out` for a checkpoint outside a run folder.
     """
     parent = checkpoint.absolute().parent
     if out is None and parent.name != "checkpoints":
         raise ValueError(f"{checkpoint}: lies in no run folder; say where to write with --out")
-    final = out or checkpoint.parent.parent / "export" / f"{to}-step-{step}{'-ema' * (weights == 'ema')}"
+    final = out or checkpoint.parent.parent / "export" / f"{to}-step-{step}{weights_suffix(weights)}"
     if final.exists():
         raise ValueError(f"{final}: already exists; remove it, or give another folder with --out")
     return final
@@ -80,6 +81,16 @@ def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Indented JSON with a newline at the end."""
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def expect_vit(to: str, encoder: EncoderConfig) -> ViTConfig:
+    """The encoder's config, where it is our ViT. Raises ValueError for a backbone of timm's: the target
+    builds only vision transformers with the names it knows."""
+    if not isinstance(encoder, ViTConfig):
+        raise ValueError(
+            f"--to {to}: encoder.name is timm ({encoder.model}), expected vit; NOT exported, use --to timm"
+        )
+    return encoder
 
 
 def unlike_plain_vit(encoder: ViTConfig) -> dict[str, bool]:

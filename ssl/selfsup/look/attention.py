@@ -18,6 +18,16 @@ _TOLERANCE = 1e-3
 """Of the largest output of a layer: kernels may differ by rounding, a forgotten step differs by far more."""
 
 
+def no_attention(encoder: nn.Module) -> str | None:
+    """Why there are no maps of this encoder; None where there are."""
+    if isinstance(encoder, ViT):
+        return None
+    return (
+        f"expected a vit encoder of selfsup, got {type(encoder).__name__}: other models keep their queries and "
+        f"keys elsewhere, or have none"
+    )
+
+
 @torch.no_grad()
 def attention_maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "depth b heads m"]:
     """How much the class token attends to each token, by block and head; each row sums to one.
@@ -28,11 +38,9 @@ def attention_maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> Floa
     other than our ViT, and where the weights do not explain a layer's output, so that no map is shown
     that is not the layer's.
     """
-    if not isinstance(encoder, ViT):
-        raise ValueError(
-            f"attention maps: expected a vit encoder of selfsup, got {type(encoder).__name__}: "
-            f"other models keep their queries and keys elsewhere"
-        )
+    reason = no_attention(encoder)
+    if reason is not None:
+        raise ValueError(f"attention maps: {reason}")
     maps: list[Tensor] = []
 
     def catch(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

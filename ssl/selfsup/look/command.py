@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-from selfsup.checkpoint import Weights, load_objective
+from selfsup.checkpoint import Weights, load_objective, weights_suffix
 from selfsup.data.index import open_shards
 from selfsup.durable import fsync_path
 from selfsup.look.draw import Loaded, look
@@ -45,7 +45,8 @@ def main_look(
             that the run trained on.
         out: folder for PNG files and TensorBoard entries; default RUN/look/step-N, with -ema behind it for
             averaged weights. An earlier look is replaced.
-        weights: those of the last step, or their average over steps (of a run with optim.ema).
+        weights: those of the last step, or their average over steps (of a run with optim.ema); a target
+            network is not looked at.
         samples: images shown.
         views: training views of each.
         neighbours: nearest neighbours of each.
@@ -105,7 +106,7 @@ def _folder(loaded: Loaded, out: Path | None, weights: Weights) -> Path:
         checkpoints = loaded.checkpoint.absolute().parent
         if checkpoints.name != "checkpoints":
             raise ValueError(f"{loaded.checkpoint}: lies in no run folder; say where to write with --out DIR")
-        folder = checkpoints.parent / "look" / f"step-{loaded.step:08d}{'-ema' * (weights == 'ema')}"
+        folder = checkpoints.parent / "look" / f"step-{loaded.step:08d}{weights_suffix(weights)}"
     if folder.exists() and not (folder / _ABOUT).exists():
         if not folder.is_dir() or any(folder.iterdir()):
             raise ValueError(f"--out {folder}: exists and is not an earlier look; give another name")

@@ -14,10 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from selfsup.batch import ImageBatch, normalise
-from selfsup.data.images import EvalImages, augment, decode_image, load
+from selfsup.data.decode import decode_image
+from selfsup.data.images import EvalImages, load
 from selfsup.data.index import ShardIndex
 from selfsup.data.reader import ShardReader
-from selfsup.look.attention import attention_maps, patch_maps
+from selfsup.data.views import augment
+from selfsup.look.attention import attention_maps, no_attention, patch_maps
 from selfsup.look.neighbours import cosine, nearest
 from selfsup.look.page import class_name
 from selfsup.look.pictures import attention_picture, captioned, enlarged, grid, save_png
@@ -102,12 +104,15 @@ def put_images(
     views: int,
     put: Callable[[str, str, Tensor], None],
 ) -> None:
-    """What concerns each image alone: attention maps, the objective's own pictures, training views.
+    """What concerns each image alone: attention maps (of a vit), the objective's own pictures, training views.
 
     put: takes a file's name without suffix, a tag for TensorBoard, and the picture.
     """
     recipe, encoder = loaded.recipe, loaded.objective.encoder
-    for i, image in enumerate(images):
+    reason = no_attention(encoder)
+    if reason is not None:
+        print(f"no attention maps: {reason}")
+    for i, image in enumerate(images if reason is None else ()):
         inputs = normalise(image[None].to(loaded.device), recipe.data.mean, recipe.data.std)
         maps = patch_maps(attention_maps(encoder, inputs), encoder.num_prefix_tokens)
         picture = attention_picture(image, maps[:, 0].float(), _TILE)
@@ -149,17 +154,16 @@ def view_rows(
     """For each row of the index its image and `views` training views, one after another.
 
     Drawn as training draws them, keyed by the run's seed; not the very ones it saw (`selfsup data show
-    --config` shows those): view i is that of epoch i at the position numbered as the row.
+    --config` shows those): view i is that of epoch i at the position numbered as the row. Of several
+    views of an image (data.views), the first.
     """
-    reader, shown = ShardReader(index), []
+    reader, shown, size = ShardReader(index), [], recipe.encoder.img_size
+    kind = recipe.data.kinds(size)[0]
     epochs = np.arange(views, dtype=np.int64)
     for image, row, data in zip(images, rows, reader.read(rows)):
         pixels = decode_image(data, recipe.encoder.in_chans, index.name(row))
         positions = np.full(views, row, dtype=np.int64)
-        drawn = augment(
-            recipe.data, recipe.seed, epochs, positions, [pixels] * views, recipe.encoder.img_size
-        )
-        shown += [image[None], torch.from_numpy(drawn)]
+        shown += [image[None], augment(kind, recipe.seed, epochs, positions, [pixels] * views, size)]
     reader.close()
     return torch.cat(shown)
 

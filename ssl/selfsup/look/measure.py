@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
-from selfsup.data.images import decode_image
+from selfsup.data.decode import decode_image
 from selfsup.data.index import ShardIndex
 from selfsup.data.order import sample_order
 from selfsup.data.reader import ShardReader

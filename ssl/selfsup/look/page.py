@@ -145,7 +145,8 @@ def build_page(
 def training_views(
     index: ShardIndex, recipe: Recipe, shown: list[tuple[int, Seen]]
 ) -> dict[int, UInt8[np.ndarray, "c s s"]]:
-    """The view that training sees at each position of epoch 0, of those samples that can be decoded."""
+    """The view (the first of several) that training sees at each position of epoch 0, of those samples that
+    can be decoded."""
     places = np.array([place for place, seen in shown if seen.rgb is not None], dtype=np.int64)
     if not len(places):
         return {}
@@ -157,9 +158,11 @@ def training_views(
 
 
 def _about_views(recipe: Recipe) -> str:
+    kinds = recipe.data.kinds(recipe.encoder.img_size)
+    first = "first " if len(kinds) > 1 else ""
     return (
-        f" Beside each the view at its position in epoch 0 of a run with seed {recipe.seed} on these shards, "
-        f"{recipe.encoder.img_size} pixels wide, as the encoder gets it before data.mean and data.std."
+        f" Beside each the {first}view at its position in epoch 0 of a run with seed {recipe.seed} on these "
+        f"shards, {kinds[0].size} pixels wide, as the encoder gets it before data.mean and data.std."
     )
 
 

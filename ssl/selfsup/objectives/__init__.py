@@ -1,5 +1,11 @@
 """The objectives. A new one is a file here, a member of this union, a YAML and a test."""
 
-from selfsup.objectives.mae import MAEConfig
+from typing import Annotated
 
-ObjectiveConfig = MAEConfig
+from pydantic import Field
+
+from selfsup.objectives.byol import BYOLConfig
+from selfsup.objectives.mae import MAEConfig
+from selfsup.objectives.simclr import SimCLRConfig
+
+ObjectiveConfig = Annotated[MAEConfig | SimCLRConfig | BYOLConfig, Field(discriminator="name")]

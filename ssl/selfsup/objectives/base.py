@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from selfsup import dist
 from selfsup.batch import ImageBatch
+from selfsup.data.views import ViewBatch
 
 
 class Output(NamedTuple):
@@ -15,27 +16,29 @@ class Output(NamedTuple):
     """Scalar: the local sum of loss terms times world / total. Averaged over ranks (DDP does so to
     gradients) and summed over micro-batches it is the mean over the global batch."""
     metrics: dict[str, Tensor]
-    """Detached scalars on the same scale as `loss`."""
+    """Detached scalars on the same scale as `loss`: the loop logs their mean over the global batch."""
 
 
 class Objective(nn.Module):
     """A pretraining objective: an encoder, and a loss inside `forward`."""
 
     encoder: nn.Module
+    projector: nn.Module | None
+    """Features -> the embeddings that the loss compares; none: it compares something else."""
 
-    def forward(self, batch: ImageBatch, total: float) -> Output:
+    def forward(self, batch: ImageBatch | ViewBatch, total: float) -> Output:
         """`total`: the number of targets in the global batch, over ranks and micro-batches."""
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
-        """Called after each optimizer step with the share of training done, in (0, 1]."""
+        """Called after each optimizer step with the share of training done before it, in [0, 1)."""
 
     def flops_per_sample(self) -> float:
         """FLOPs of one forward and backward pass for one sample."""
         raise NotImplementedError
 
     def pictures(
-        self, batch: ImageBatch, mean: tuple[float, ...], std: tuple[float, ...]
+        self, batch: ImageBatch | ViewBatch, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> dict[str, Tensor]:
         """Pictures for TensorBoard, name -> float (3, h, w) in [0, 1]; default none."""
         return {}

@@ -4,7 +4,7 @@ Three quarters of the patches are removed, the encoder sees the rest, a small de
 pixels of the removed ones. Faithful to facebookresearch/mae, `models_mae.py`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -27,6 +27,9 @@ from selfsup.objectives.masking import num_visible, random_masking
 
 class MAEConfig(Section):
     """Masked autoencoding of images."""
+
+    views: ClassVar[int] = 1
+    accumulates: ClassVar[bool] = True
 
     name: Literal["mae"] = "mae"
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
@@ -151,6 +154,8 @@ class MAEDecoder(nn.Module):
 class MAE(Objective):
     """Encoder over the visible patches, decoder over all, loss on the removed ones."""
 
+    projector = None
+
     def __init__(self, config: MAEConfig, encoder: ViT):
         super().__init__()
         self.config = config
@@ -187,8 +192,8 @@ class MAE(Objective):
         decoder = config.decoder_depth * flops.block(tokens, dim, vit.mlp_ratio)
         decoder += flops.linear(visible, vit.embed_dim, dim) + flops.linear(vit.num_patches, dim, patch_dim)
         patch_embed = flops.linear(vit.num_patches, patch_dim, vit.embed_dim)
-        # The backward pass costs twice the forward one, but pixels need no gradient.
-        return 3 * (encoder + decoder) + 2 * patch_embed
+        # The backward pass costs twice the forward one, but pixels and frozen weights need no gradient.
+        return 3 * (encoder + decoder) + (2 - vit.frozen_patch_embed) * patch_embed
 
     @torch.no_grad()
     def pictures(

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from selfsup.attention.dispatch import attention_function
-from selfsup.export.load import FrozenEncoder
+from selfsup.export.frozen import FrozenEncoder
 from selfsup.layers.block import Mlp
 from selfsup.optim import param_groups
 from selfsup.probe.features import encoder_tokens

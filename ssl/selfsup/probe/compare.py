@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from selfsup.checkpoint import Weights
-from selfsup.export.load import FrozenEncoder
+from selfsup.export.frozen import FrozenEncoder
 from selfsup.probe import knn, logreg
 from selfsup.probe.features import (
     CROP,
@@ -62,7 +62,7 @@ def main_probe(
         train: shards with labels to fit on; default: the run's own data.shards.
         test: shards with labels to score on; default: the folder `test` beside the training shards.
         out: JSON to write; default: a file of its own in RUN/probe, for the first run.
-        weights: those of the last step, or their average over steps (of a run with optim.ema).
+        weights: those of the last step, their average over steps (optim.ema), or byol's target network.
         device: auto: CUDA where there is one.
         batch_size: images per forward pass.
         workers: loader processes; 0 loads in this one.

@@ -20,12 +20,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from selfsup.batch import normalise
-from selfsup.checkpoint import Weights
-from selfsup.data.images import EvalImages, ImageData, augment, decode_image, load
+from selfsup.checkpoint import Weights, weights_suffix, weights_title
+from selfsup.data.decode import decode_image
+from selfsup.data.images import EvalImages, ImageData, load
 from selfsup.data.index import ShardIndex, open_shards
 from selfsup.data.reader import ShardReader
+from selfsup.data.views import augment
 from selfsup.durable import write_atomically
-from selfsup.export.load import FrozenEncoder
+from selfsup.export.frozen import FrozenEncoder
 from selfsup.probe import representation
 from selfsup.probe.features import CROP, Device, choose_device, random_encoder
 from selfsup.probe.online import fixed_rows
@@ -99,8 +101,8 @@ def main_representation(
         samples: most images taken, chosen at random but the same for every run.
         views: augmented views of an image, at least 2; LiDAR's paper takes 50.
         view_samples: most images of which views are taken.
-        out: JSON to write; default RUN/probe/representation-step-N-DATA.json (-ema: averaged weights).
-        weights: those of the last step, or their average over steps (of a run with optim.ema).
+        out: JSON to write; default RUN/probe/representation-step-N-DATA.json (-ema, -target: of other weights).
+        weights: those of the last step, their average over steps (optim.ema), or byol's target network.
         device: auto: CUDA where there is one.
         batch_size: images per forward pass.
         workers: loader processes; 0 loads in this one.
@@ -224,12 +226,13 @@ def _call(calls: dict[str, Callable[[], float]]) -> tuple[dict[str, float], dict
 
 
 class AugmentedViews(Dataset):
-    """Map-style: from rows of the index to random views, by a recipe's augmentation."""
+    """Map-style: from rows of the index to random views, by a recipe's augmentation (that of its first
+    kind of view)."""
 
     def __init__(
         self, config: ImageData, index: ShardIndex, img_size: int, channels: int, views: int
     ) -> None:
-        self.config, self.index, self.img_size, self.channels = config, index, img_size, channels
+        self.kind, self.index, self.img_size, self.channels = config.kinds(img_size)[0], index, img_size, channels
         self.views = range(1, views + 1)  # view 0 is training's
         self.reader = ShardReader(index)
 
@@ -241,8 +244,8 @@ class AugmentedViews(Dataset):
         except ValueError as error:
             return error
         epoch = np.zeros_like(rows)
-        pixels = [augment(self.config, 0, epoch, rows, images, self.img_size, view) for view in self.views]
-        return torch.from_numpy(np.stack(pixels, axis=1))
+        drawn = [augment(self.kind, 0, epoch, rows, images, self.img_size, view) for view in self.views]
+        return torch.stack(drawn, dim=1)
 
 
 def _features(
@@ -283,7 +286,7 @@ def print_description(result: Description, console: Console) -> None:
         "view_rank": min(data["view_samples"] - 1, width),
     }
     table = Table(
-        title="frozen features, no labels" + ", averaged weights" * (result.source["weights"] == "ema"),
+        title="frozen features, no labels" + weights_title(result.source["weights"]),
         caption=f"{data['samples']} of the {data['images']} images of {data['shards']}; alignment and lidar: "
         f"{data['views']} views of {data['view_samples']}",
     )
@@ -310,7 +313,7 @@ def _default_path(encoder: FrozenEncoder, result: Description) -> Path | None:
     folder = run_folder(encoder)
     if folder is None or encoder.checkpoint is None:
         return None
-    name = f"{encoder.checkpoint.name}-{result.data['fingerprint'][:8]}{'-ema' * (encoder.weights == 'ema')}"
+    name = f"{encoder.checkpoint.name}-{result.data['fingerprint'][:8]}{weights_suffix(encoder.weights)}"
     return folder / "probe" / f"{REPRESENTATION}{name}.json"
 
 

@@ -37,7 +37,7 @@ def main_embed(
         source: run or checkpoint folder, timm or Hugging Face folder, timm:NAME, hf:NAME.
         shards: folder of WebDataset shards.
         out: file to write, .npz or .safetensors.
-        weights: those of the last step, or their average over steps (of a run with optim.ema).
+        weights: those of the last step, their average over steps (optim.ema), or byol's target network.
         device: auto: CUDA where there is one.
         batch_size: images per forward pass.
         workers: loader processes; 0 loads in this one.

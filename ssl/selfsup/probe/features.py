@@ -10,7 +10,7 @@ from tqdm import tqdm
 from selfsup.batch import normalise
 from selfsup.data.images import eval_batches
 from selfsup.data.index import ShardIndex
-from selfsup.export.load import FrozenEncoder, from_vit
+from selfsup.export.frozen import FrozenEncoder, from_encoder
 from selfsup.recipe import Recipe
 
 TOKEN_LIMIT = 4 * 2**30
@@ -129,7 +129,7 @@ def random_encoder(recipe: Recipe, seed: int) -> FrozenEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         encoder = recipe.encoder.build()
-    return from_vit(encoder, recipe, f"random initialisation, seed {seed}")
+    return from_encoder(encoder, recipe, f"random initialisation, seed {seed}")
 
 
 def choose_device(device: Device) -> torch.device:

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from selfsup.data.order import sample_order
-from selfsup.export.load import FrozenEncoder
+from selfsup.export.frozen import FrozenEncoder
 from selfsup.probe import knn
 from selfsup.probe.features import Features, encoder_features
 from selfsup.probe.fit import FORWARD

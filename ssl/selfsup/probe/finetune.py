@@ -16,8 +16,9 @@ from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
+from selfsup.encoders.timm import TimmEncoder
 from selfsup.encoders.vit import ViT
-from selfsup.export.load import FrozenEncoder
+from selfsup.export.frozen import FrozenEncoder
 from selfsup.layers.block import LAYER_NORM_EPS, DropPath
 from selfsup.probe.fit import (
     Batch,
@@ -136,7 +137,8 @@ def check_architecture(encoder: FrozenEncoder, scratch: bool) -> None:
     if not isinstance(encoder.module, (ViT, VisionTransformer)):
         raise ValueError(
             f"{encoder.name}: expected a vision transformer of selfsup's or timm's, got "
-            f"{type(encoder.module).__name__}; layer decay and drop path need to know its blocks"
+            f"{type(encoder.module).__name__}; this is MAE's recipe, whose layer decay and drop path go by its "
+            f"blocks: use selfsup probe linear or attentive"
         )
     if scratch and encoder.recipe is None:
         raise ValueError(f"--scratch: {encoder.name} has no recipe of ours to be initialised from")
@@ -184,7 +186,9 @@ def build_classifier(encoder: FrozenEncoder, recipe: FinetuneRecipe, classes: in
     """
     if recipe.scratch:
         assert encoder.recipe is not None
-        return Classifier(encoder.recipe.encoder.build(), recipe.drop_path, classes)
+        fresh = encoder.recipe.encoder.build()
+        model = fresh.model if isinstance(fresh, TimmEncoder) else fresh
+        return Classifier(model, recipe.drop_path, classes)
     return Classifier(copy.deepcopy(encoder.module), recipe.drop_path, classes)
 
 

@@ -20,7 +20,7 @@ from selfsup.batch import normalise
 from selfsup.data.images import ImageData, eval_batches, train_batches
 from selfsup.data.index import ShardIndex
 from selfsup.data.order import BatchPlan, micro_batches, sample_order
-from selfsup.export.load import FrozenEncoder
+from selfsup.export.frozen import FrozenEncoder
 from selfsup.keyed import Purpose, random_bits
 
 Batch = tuple[Tensor, Tensor]

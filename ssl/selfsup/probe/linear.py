@@ -12,7 +12,7 @@ from rich.console import Console
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from selfsup.export.load import FrozenEncoder
+from selfsup.export.frozen import FrozenEncoder
 from selfsup.probe.features import Features, encoder_features
 from selfsup.probe.fit import (
     FORWARD,

@@ -1,13 +1,15 @@
-"""The online monitor: is the encoder collapsing, and is it learning? Cheap numbers during training.
+"""The online monitor: is the model collapsing, and is it learning? Cheap numbers during training.
 
 A fixed subset of the training images goes through the encoder every so often. The numbers say how
 training goes, not how good the model is: they are of training data, and no test set is touched.
 """
 
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
@@ -15,12 +17,17 @@ from selfsup.batch import normalise
 from selfsup.data.images import EvalImages
 from selfsup.data.index import ShardIndex
 from selfsup.data.order import sample_order
+from selfsup.data.views import augment
 from selfsup.probe.features import Features
-from selfsup.probe.representation import feature_std, rankme
+from selfsup.probe.representation import alignment, feature_std, rankme, uniformity
 from selfsup.recipe import Recipe
 
 BANK, QUERIES = 1000, 500
 """Images that neighbours are looked for among, and images that are classified by them."""
+PAIRS = 250
+"""Images that are also looked at in two views."""
+COLLAPSED_STD, COLLAPSED_RANK = 0.05, 1.5
+"""Features or embeddings with a smaller feature_std, or a smaller effective rank once centred, are collapsed."""
 MOST_BYTES = 2**28
 """Of decoded images held in memory; larger ones make the subset smaller."""
 
@@ -81,6 +88,9 @@ class OnlineMonitor:
         """The first so many of `rows` are the bank, the others the queries."""
         self._labels = index.label[self.rows]
         self._images = _decode(EvalImages(index, size, channels), self.rows)
+        self._pairs = _two_views(recipe, self._images[:PAIRS], self.rows[:PAIRS])
+        self.similarities: dict[str, Tensor] = {}
+        """Of the last measurement: cosines between embeddings of views, by name."""
         self._ended = time.perf_counter()
         self.classifies = (
             len(labelled) >= _LEAST_LABELLED and self.bank >= NEIGHBOURS and len(np.unique(self._labels)) > 1
@@ -91,30 +101,43 @@ class OnlineMonitor:
     def describe(self) -> str:
         """What is measured, one line."""
         held = (
-            f"{len(self.rows)} training images ({self._images.numel() / 2**20:.1f} MiB): feature_std, rankme"
+            f"{len(self.rows)} training images ({self._images.numel() / 2**20:.1f} MiB): spread, rank, "
+            f"two views of {len(self._pairs) // 2}"
         )
         if not self.classifies:
             return f"{held}; no knn: it wants {_LEAST_LABELLED} labelled images of two classes among them"
         return f"{held}, knn of {len(self.rows) - self.bank} among the other {self.bank}; not a test set"
 
-    def measure(self, encoder: nn.Module) -> dict[str, float]:
-        """feature_std and rankme (see `probe.representation`), knn, and monitor_share.
+    def measure(self, encoder: nn.Module, projector: nn.Module | None = None) -> dict[str, float]:
+        """What the encoder makes of the images, in plain numbers.
 
         encoder: normalised images (b, c, h, w) -> features (b, d), on the monitor's device and not
-        wrapped (DDP would wait for other ranks). knn: share of the queries that their 20 nearest in
-        the bank classify rightly (see `probe.knn`), where there are labels. monitor_share: own wall
-        time over all wall time since the last call. Where features are NaN or infinite there is
-        only feature_nonfinite, the number of such images: they do not end the run.
+        wrapped (DDP would wait for other ranks); projector: features -> the embeddings that the loss
+        compares, none: the features themselves.
+
+        feature_std, rankme (see `probe.representation`) of features, and with a projector
+        embedding_std, embedding_rankme; alignment and uniformity of the embeddings of two views, whose
+        cosines are left in `similarities`; knn: share of the queries that their 20 nearest in the bank
+        classify rightly (see `probe.knn`), where there are labels; collapsed: 1 or 0 (see `collapsed`);
+        monitor_share: own wall time over all wall time since the last call. Where features are NaN or
+        infinite there is only feature_nonfinite, the number of such images: they do not end the run.
         In eval mode, without gradients, in the run's number format; each module's training mode is
         put back. Draws no random numbers, so training goes on bit for bit as without it.
         """
         began = time.perf_counter()
-        features = self._features(encoder)
-        broken = len(features) - int(features.isfinite().all(dim=1).sum())
+        model = nn.ModuleList([encoder, projector or nn.Identity()])
+        features, embeddings = self._run(model, self._images)
+        _, pairs = self._run(model, self._pairs)
+        whole = torch.cat([features, embeddings], dim=1).isfinite().all(dim=1)
+        broken = len(features) - int(whole.sum()) + int((~pairs.isfinite()).any(dim=1).sum())
         if broken:
             values = {"feature_nonfinite": float(broken)}
         else:
             values = {"feature_std": feature_std(features), "rankme": rankme(features)}
+            if projector is not None:
+                values |= {"embedding_std": feature_std(embeddings), "embedding_rankme": rankme(embeddings)}
+            values |= self._compare(*pairs.chunk(2))
+            values["collapsed"] = float(collapsed(features) or collapsed(embeddings))
             if self.classifies:
                 bank = Features(features[: self.bank].numpy(), self._labels[: self.bank])
                 queries = Features(features[self.bank :].numpy(), self._labels[self.bank :])
@@ -124,20 +147,58 @@ class OnlineMonitor:
         self._ended = ended
         return values
 
-    def _features(self, encoder: nn.Module) -> Float32[Tensor, "n d"]:
-        modes = [(module, module.training) for module in encoder.modules()]
+    def _compare(self, a: Float32[Tensor, "n d"], b: Float32[Tensor, "n d"]) -> dict[str, float]:
+        cosines = F.normalize(a) @ F.normalize(b).T  # (n, n)
+        other = ~torch.eye(len(a), dtype=torch.bool)
+        self.similarities = {"cosine/same image": cosines.diag(), "cosine/another image": cosines[other]}
+        return {"alignment": alignment(a, b), "uniformity": uniformity(a)}
+
+    def _run(
+        self, model: nn.ModuleList, images: Tensor
+    ) -> tuple[Float32[Tensor, "n d"], Float32[Tensor, "n e"]]:
+        """Features and embeddings of uint8 images."""
+        encoder, projector = model
+        modes = [(module, module.training) for module in model.modules()]
         mixed = self._dtype != torch.float32
-        parts = []
-        encoder.eval()
+        features, embeddings = [], []
+        model.eval()
         try:
             with torch.no_grad(), torch.autocast(self._device.type, self._dtype, enabled=mixed):
-                for images in self._images.split(_BATCH):
-                    inputs = normalise(images.to(self._device), self._mean, self._std)
-                    parts.append(encoder(inputs).float().cpu())
+                for part in images.split(_BATCH):
+                    found = encoder(normalise(part.to(self._device), self._mean, self._std))
+                    features.append(found.float().cpu())
+                    embeddings.append(projector(found).float().cpu())
         finally:
             for module, training in modes:  # one by one: a frozen part may have been in eval mode
                 module.training = training
-        return torch.cat(parts)
+        return torch.cat(features), torch.cat(embeddings)
+
+
+def collapsed(features: Float32[Tensor, "n d"]) -> bool:
+    """Whether features say (almost) the same of every image, or (almost) one number of it.
+
+    The first by `feature_std`; the second by the effective rank of the centred features, exp of the
+    entropy of the shares of their variance: a common mean, which RankMe counts as a direction, says
+    nothing of an image.
+    """
+    if feature_std(features) < COLLAPSED_STD:
+        return True
+    values = features.double()
+    shares = torch.linalg.svdvals(values - values.mean(dim=0)).square()
+    shares = shares / shares.sum()
+    return float(torch.special.entr(shares).sum().exp()) < COLLAPSED_RANK
+
+
+def first_collapse(lines: Iterable[dict[str, float]]) -> tuple[int | None, int] | None:
+    """From the lines of metrics.jsonl: (the last measured step before that was not collapsed, or None; the
+    step from which on every measurement says collapsed), or None where the last one does not."""
+    healthy, since = None, None
+    for line in lines:
+        if line.get("collapsed") == 0:
+            healthy, since = int(line["step"]), None
+        elif line.get("collapsed") == 1 and since is None:
+            since = int(line["step"])
+    return None if since is None else (healthy, since)
 
 
 def _decode(images: EvalImages, rows: np.ndarray) -> Tensor:
@@ -149,3 +210,14 @@ def _decode(images: EvalImages, rows: np.ndarray) -> Tensor:
             raise batch
         parts.append(batch[0])
     return torch.cat(parts)
+
+
+def _two_views(recipe: Recipe, images: Tensor, rows: np.ndarray) -> Tensor:
+    """Two training views of each image, drawn as the recipe says but for an epoch that no run reaches:
+    uint8 (2 n, c, s, s), first views first."""
+    size = recipe.encoder.img_size
+    kinds = recipe.data.kinds(size)
+    pixels = list(images.permute(0, 2, 3, 1).numpy())
+    epoch = np.full(len(rows), 2**32 - 1, dtype=np.int64)
+    views = [(kinds[0], 0), (kinds[min(1, len(kinds) - 1)], 1)]
+    return torch.cat([augment(kind, recipe.seed, epoch, rows, pixels, size, number) for kind, number in views])

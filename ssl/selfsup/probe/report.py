@@ -13,8 +13,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from selfsup.checkpoint import Weights, weights_suffix, weights_title
 from selfsup.durable import write_atomically
-from selfsup.export.load import FrozenEncoder
+from selfsup.export.frozen import FrozenEncoder
 from selfsup.probe.hparams import write_hparams
 from selfsup.probe.sources import run_folder
 
@@ -102,17 +103,17 @@ class ProbeResult:
 
 
 def file_stem(result: ProbeResult, checkpoint: Path) -> str:
-    """PROBE-MODE-step-N-DATA-RECIPE, then the number of runs and -ema: what differs never shares a file."""
+    """PROBE-MODE-step-N-DATA-RECIPE, then the number of runs and the weights: what differs never shares a file."""
     data = [result.data[part]["fingerprint"] for part in ("train", "test")]
     how = [result.recipe, [source["seed"] for source in result.sources]]
     stem = f"{result.probe}-{result.mode}-{checkpoint.name}-{_short_hash(data)}-{_short_hash(how)}"
     runs = len(result.sources)
-    return stem + (f"-{runs}-seeds" if runs > 1 else "") + "-ema" * _is_ema(result)
+    return stem + (f"-{runs}-seeds" if runs > 1 else "") + weights_suffix(_weights(result))
 
 
-def _is_ema(result: ProbeResult) -> bool:
-    """Whether averaged weights were probed; results of earlier versions do not say, and were not."""
-    return result.sources[0].get("weights") == "ema"
+def _weights(result: ProbeResult) -> Weights:
+    """Which were probed; results of earlier versions do not say, and knew only these."""
+    return result.sources[0].get("weights", "trained")
 
 
 def _short_hash(content: Any) -> str:
@@ -236,8 +237,8 @@ def _table(results: Sequence[ProbeResult]) -> Table:
     for result in results:
         source = f"{result.sources[0]['name']}, " if len(results) > 1 else ""
         for kind, title in ROWS.items():
-            if kind == "pretrained" and _is_ema(result):
-                title += ", averaged weights"
+            if kind == "pretrained":
+                title += weights_title(_weights(result))
             scores = result.scores.get(kind, {})
             for shots in dict.fromkeys(name.partition("-")[2] for name in scores):
                 found = [scores.get(f"{column}-{shots}" if shots else column) for column in columns]

@@ -35,7 +35,7 @@ class Setup:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON to write; default: a file of its own in RUN/probe, for the first run."""
     weights: Weights = "trained"
-    """Of a run: those of the last step, or their average over steps (of a run with optim.ema)."""
+    """Of a run: those of the last step, their average over steps (optim.ema), or byol's target network."""
     seeds: tuple[int, ...] = (0,)
     """Of the probe: one fit each, from its own initial weights, order, crops and draws."""
     device: Device = "auto"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from selfsup.export.load import FrozenEncoder
+from selfsup.export.frozen import FrozenEncoder
 from selfsup.probe.features import CROP, random_encoder
 from selfsup.probe.report import Mode, ProbeResult, Score
 from selfsup.probe.sources import (
