@@ -10,7 +10,8 @@ import torch
 from selfsup import checkpoint, dist, start, train
 from selfsup.data import views
 from selfsup.ema import Ema
-from selfsup.objectives import base, mae, simclr
+from selfsup.encoders.vit import ViT
+from selfsup.objectives import base, byol, mae, simclr
 
 
 def rank_in_the_key() -> None:
@@ -189,3 +190,20 @@ def masked_diagonal_off_by_one() -> None:
 def local_batch_norm() -> None:
     """Batch norm with the statistics of the rank's own samples."""
     start.synchronise = lambda module: module
+
+
+def no_predictor() -> None:
+    """BYOL whose projection is itself compared with the target's: nothing stands against a constant."""
+    byol.BYOL.predict = lambda self, images: self.projector(self.encoder(images))
+
+
+def no_stop_gradient() -> None:
+    """BYOL whose target is the online network, gradient and all."""
+    byol.BYOL.target = lambda self, images: self.projector(self.encoder(images))
+    byol.byol_loss = exec_changed(byol, "byol_loss", "z.detach()", "z")
+
+
+def constant_encoder() -> None:
+    """An encoder that says the same of every image."""
+    original = ViT.pool
+    ViT.pool = lambda self, tokens: original(self, tokens) * 0 + 0.7

@@ -116,10 +116,13 @@ def test_byol_target_moves_with_the_step():
     assert not torch.equal(module.objective.target_projector[0].weight, before)
 
 
-def test_learn(shards, tmp_path, capsys):
+@pytest.mark.parametrize("side", ["selfsup", "lightly"])
+def test_learn(side, shards, tmp_path, capsys):
+    if side == "lightly":
+        lightly()
     config, out = tmp_path / "recipe.yaml", tmp_path / "out"
     config.write_text(RECIPE)
-    words = f"learn {config} --minutes 0.002 --out {out} --side selfsup --measure-seconds 0 --workers 0"
+    words = f"learn {config} --minutes 0.002 --out {out} --side {side} --measure-seconds 0 --workers 0"
     assert main([*words.split(), "--data.shards", str(shards), "--optim.warmup-fraction", "0.1"]) == 0
     report = json.loads((out / "report.json").read_text())
     steps = report["recipe"]["optim"]["steps"]

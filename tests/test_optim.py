@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+import yaml
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
-from selfsup.config import validate
+from selfsup.config import dump_yaml, validate
 from selfsup.ema import Ema
-from selfsup.optim import AdamWConfig, build_optimizer, require_finite
+from selfsup.lars import Lars
+from selfsup.optim import AdamWConfig, LarsConfig, OptimConfig, build_optimizer, require_finite
+from selfsup.recipe import Recipe
 from selfsup.schedule import warmup_cosine, warmup_linear, warmup_stable_decay
 
 
@@ -20,6 +23,7 @@ def test_schedule_closed_form():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
+SCALINGS = ("linear", "sqrt", "none")
 SCHEDULES = {
     "cosine": warmup_cosine,
     "linear": warmup_linear,
@@ -123,6 +127,59 @@ def test_learning_rate_scales_with_the_global_batch():
     assert AdamWConfig(base_lr=1.5e-4, batch_size=4096).peak_lr == pytest.approx(2.4e-3)
     with pytest.raises(ValueError, match="min_lr: expected at most the peak"):
         validate(AdamWConfig, {"min_lr": 1.0})
+
+
+def test_lr_scaling():
+    for batch, linear, root in ((256, 1.0, 1.0), (1024, 4.0, 2.0), (64, 0.25, 0.5)):
+        for config in (AdamWConfig, LarsConfig):
+            peaks = {how: config(base_lr=0.5, batch_size=batch, lr_scaling=how).peak_lr for how in SCALINGS}
+            assert peaks == pytest.approx({"linear": 0.5 * linear, "sqrt": 0.5 * root, "none": 0.5})
+    assert AdamWConfig(batch_size=512) == AdamWConfig(batch_size=512, lr_scaling="linear")
+    simclr = LarsConfig(base_lr=1.2, batch_size=4096, lr_scaling="sqrt")
+    assert simclr.peak_lr == pytest.approx(0.075 * math.sqrt(4096)) == pytest.approx(4.8)
+    assert max(simclr.lr(s) for s in range(simclr.steps)) == pytest.approx(4.8)
+
+
+def recipe(**optim) -> Recipe:
+    return validate(Recipe, {"data": {"shards": "d"}, "run": {"dir": "r"}, "optim": optim})
+
+
+def test_the_optimizer_is_chosen_by_name():
+    model = small_model()
+    for name, kind, config in (("adamw", torch.optim.AdamW, AdamWConfig), ("lars", Lars, LarsConfig)):
+        chosen = recipe(name=name, weight_decay=0.2).optim
+        assert chosen == config(weight_decay=0.2) and isinstance(chosen, OptimConfig)
+        optimizer = build_optimizer(chosen, model)
+        assert type(optimizer) is kind and [g["weight_decay"] for g in optimizer.param_groups] == [0.2, 0.0]
+        names = [group["param_names"] for group in optimizer.param_groups]
+        assert names == [["0.weight"], ["0.bias", "1.weight", "1.bias"]]
+        assert {group["lr"] for group in optimizer.param_groups} == {chosen.peak_lr}
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        sized = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
+        assert len(sized) == chosen.moments * 4  # what --dry-run counts
+        assert validate(Recipe, yaml.safe_load(dump_yaml(recipe(name=name)))) == recipe(name=name)
+    assert recipe().optim == recipe(name="adamw").optim == AdamWConfig()
+
+
+@pytest.mark.parametrize(
+    "optim,line",
+    [
+        ({"momentum": 0.8}, "optim.momentum: unknown key; it belongs to optim.name lars"),
+        ({"name": "lars", "betas": [0.9, 0.9]}, "optim.betas: unknown key; it belongs to optim.name adamw"),
+        ({"name": "sgd"}, "optim: expected name to be one of 'adamw', 'lars', got"),
+        ({"lr_scaling": "root"}, "optim.lr_scaling: expected one of 'linear', 'sqrt' or 'none', got 'root'"),
+        ({"name": "lars", "momentum": 1}, "optim.momentum: expected 0 <= x < 1, got 1"),
+        ({"name": "lars", "trust_coefficient": 0}, "optim.trust_coefficient: expected 0 < x, got 0"),
+        ({"name": "lars", "momentun": 0.8}, "optim.momentun: unknown key; perhaps you meant optim.momentum"),
+        ({"name": "lars", "min_lr": 1}, "optim: min_lr: expected at most the peak 0.3, got 1"),
+    ],
+)
+def test_faults_name_the_optimizer_a_key_belongs_to(optim, line):
+    with pytest.raises(ValueError) as fault:
+        recipe(**optim)
+    assert str(fault.value).startswith(line)
 
 
 def test_adamw_step_by_hand():

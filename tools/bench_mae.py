@@ -220,8 +220,8 @@ def show(facts: dict[str, Any], words: dict[str, str]) -> None:
         )
 
 
-def machine(options: Options, device: torch.device) -> dict[str, Any]:
-    """Options, versions and machine."""
+def machine(options: Any, device: torch.device) -> dict[str, Any]:
+    """Options (a dataclass), versions and machine."""
     versions = {}
     for name in ("selfsup", "torch", "timm", "transformers", "lightly"):
         try:
@@ -229,7 +229,7 @@ def machine(options: Options, device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = None
     return {
-        "options": {**dataclasses.asdict(options), "report": str(options.report)},
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
         "versions": versions,
         "git_revision": git_revision(),
         "python": platform.python_version(),

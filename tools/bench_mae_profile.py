@@ -13,14 +13,14 @@ GROUPS = {
     "optimizer": r"_fused_adamw|Optimizer\..*",
     "matrix products": r"mm|addmm|_addmm_activation|linear|.*mkldnn_linear.*|.*convolution.*|mv|dot",
     "attention": r"bmm|baddbmm|.*softmax.*|.*attention.*",
-    "layer norm": r".*layer_norm.*",
+    "norms": r".*(layer|batch)_norm.*",
     "GELU": r".*gelu.*",
     "gather, scatter, sort": r"gather|gather_backward|scatter|scatter_add|index.*|_index.*|argsort|sort|take.*",
     "copies, casts, fills": r"copy|_to_copy|clone|contiguous|cat|stack|constant_pad_nd|repeat|fill|zero|zeros.*|"
     r"ones.*|new_zeros|full.*|rand|randn|arange|empty.*|resize",
     "element-wise, sums": r"add|sub|rsub|mul|div|neg|pow|square|sqrt|rsqrt|exp|log|abs|where|masked_fill|addcmul|"
     r"lerp|sum|mean|var|var_mean|std|any|all|eq|ne|lt|le|gt|ge|bitwise.*|__.*__|remainder|floor.*|sgn|"
-    r"threshold.*|uniform|normal",
+    r"threshold.*|relu|clamp.*|linalg_vector_norm|uniform|normal",
 }
 REST = "views, autograd, Python"
 

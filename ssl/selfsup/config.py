@@ -219,12 +219,15 @@ def _entry(annotation: Any, i: int) -> Any:
 
 def _nearest_in_list(section: type[Section], location: list[Any]) -> str | None:
     """The valid key closest to a mistyped one of a section in a list: `data.views.1.hu`."""
-    annotation: Any = section
-    for part in location[:-1]:
-        members = _members(annotation)
-        annotation = _entry(annotation, part) if isinstance(part, int) else members[0].model_fields[part].annotation
     if not any(isinstance(part, int) for part in location):
         return None
+    annotation: Any = section
+    for part in location[:-1]:
+        if isinstance(part, int):
+            annotation = _entry(annotation, part)
+        else:
+            owner = next(m for m in _members(annotation) if part in m.model_fields)
+            annotation = owner.model_fields[part].annotation
     near = difflib.get_close_matches(location[-1], _members(annotation)[0].model_fields, n=1, cutoff=0.6)
     return ".".join(map(str, [*location[:-1], *near])) if near else None
 

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -55,7 +55,7 @@ def all_gather(x: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "world_b *d"]:
     return gathered
 
 
-def all_reduce(x: Shaped[Tensor, "*d"]) -> Shaped[Tensor, "*d"]:
+def all_reduce(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
     """The sum of all ranks' tensors, a new tensor without gradient, half precision summed in float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.detach().to(wide, copy=True, memory_format=torch.contiguous_format)

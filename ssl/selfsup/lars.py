@@ -1,7 +1,7 @@
 """LARS: stochastic gradient descent whose step is, for each weight, a fixed share of the weight's norm."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Lars(torch.optim.Optimizer):
         return loss
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        updates = [w.grad for w in weights if w.grad is not None]
+        updates: Sequence[Tensor] = [w.grad for w in weights if w.grad is not None]
         for w in weights:
             if "momentum_buffer" not in self.state[w]:
                 self.state[w]["momentum_buffer"] = torch.zeros_like(w)
@@ -78,7 +78,9 @@ class Lars(torch.optim.Optimizer):
         torch._foreach_add_(weights, buffers, alpha=-group["lr"])
 
 
-def trust_ratios(weights: list[Tensor], updates: list[Tensor], trust_coefficient: float) -> list[Tensor]:
+def trust_ratios(
+    weights: Sequence[Tensor], updates: Sequence[Tensor], trust_coefficient: float
+) -> list[Tensor]:
     """trust_coefficient * |w| / |u| of each pair, scalars in float32 or wider; 1 where a norm is 0."""
     wide = functools.reduce(torch.promote_types, (w.dtype for w in weights), torch.float32)
     w = torch.stack(torch._foreach_norm(weights, 2, dtype=wide))

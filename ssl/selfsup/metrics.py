@@ -19,6 +19,11 @@ class MetricsLog:
         kept = _lines_up_to(path, start_step)
         write_atomically(path, "".join(kept).encode())
         self._file = path.open("a")
+        self._healthy: int | None = None
+        self.collapsed_at: int | None = None
+        """The step from which on every measurement said `collapsed`; None where the last one did not."""
+        for line in map(json.loads, kept):
+            self._judge(line["step"], line.get("collapsed"))
         self._board = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
         # On a terminal a bar with rate and remaining time; elsewhere (disable=None) the plain lines below.
         self._bar = tqdm(total=steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
@@ -34,10 +39,26 @@ class MetricsLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
+        if self._judge(step, values.get("collapsed")):
+            before = "" if self._healthy is None else f" (at step {self._healthy} they were not)"
+            print(
+                f"step {step}: COLLAPSED: features or embeddings are nearly the same for every image{before}: "
+                f"feature_std {values['feature_std']:.3g}, rankme {values['rankme']:.3g}; the loss does not tell",
+                flush=True,
+            )
         if self._bar.disable:
             print(f"{time.strftime('%H:%M:%S')}  step {step}/{self._bar.total}  {shown}", flush=True)
         else:
             self._bar.set_postfix_str(shown)
+
+    def _judge(self, step: int, collapsed: float | None) -> bool:
+        """Takes a measurement in, if the line has one; whether a collapse begins with it."""
+        if collapsed == 0:
+            self._healthy, self.collapsed_at = step, None
+        begins = collapsed == 1 and self.collapsed_at is None
+        if begins:
+            self.collapsed_at = step
+        return begins
 
     def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
         """Pictures (3, h, w) in [0, 1] into TensorBoard."""

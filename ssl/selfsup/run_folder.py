@@ -88,6 +88,8 @@ def git_revision() -> str | None:
     return done.stdout.strip()
 
 
-def write_outcome(run_dir: Path, state: str, step: int) -> None:
-    """outcome.json: `finished` or `interrupted`, and the step. A launcher's exit code does not tell."""
-    write_atomically(run_dir / "outcome.json", json.dumps({"state": state, "step": step}).encode())
+def write_outcome(run_dir: Path, state: str, step: int, collapsed_at: int | None) -> None:
+    """outcome.json: `finished` or `interrupted`, the step, and the one from which on the online monitor found
+    the features collapsed, if it did. A launcher's exit code does not tell."""
+    content = {"state": state, "step": step, "collapsed_at": collapsed_at}
+    write_atomically(run_dir / "outcome.json", json.dumps(content).encode())

@@ -152,8 +152,10 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     if log is not None:
         log.close()
     batches.close()
-    dist.on_first_rank(run_folder.write_outcome, run_dir, outcome, state.step)
-    start.say(f"{outcome} at step {state.step} of {optim.steps}: {run_dir}")
+    collapsed_at = None if log is None else log.collapsed_at
+    dist.on_first_rank(run_folder.write_outcome, run_dir, outcome, state.step, collapsed_at)
+    collapsed = "" if collapsed_at is None else f", COLLAPSED since step {collapsed_at}"
+    start.say(f"{outcome} at step {state.step} of {optim.steps}{collapsed}: {run_dir}")
     if lock is not None:
         lock.close()
     return outcome

@@ -213,10 +213,8 @@ def networks() -> dict[str, float]:
     for name, norm in (("resnet18", nn.BatchNorm2d), ("mobilenetv3_small_050", timm.layers.BatchNormAct2d)):
         torch.manual_seed(0)
         theirs = timm.create_model(name, num_classes=3).double()
-        for norm_of_a_branch in (m for m in theirs.modules() if isinstance(m, norm)):
-            nn.init.normal_(
-                norm_of_a_branch.weight, 1, 0.2
-            )  # timm starts some at 0, where nothing is learned
+        for module in (m for m in theirs.modules() if isinstance(m, norm)):
+            nn.init.normal_(module.weight, 1, 0.2)  # timm starts some at 0, where nothing is learned
         ours = copy.deepcopy(theirs)
         synchronise(ours)
         assert any(type(module) is norm for module in theirs.modules())

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from look.conftest import HOSTILE_CLASS, SAMPLES
+from look.conftest import CONTENT, HOSTILE_CLASS, SAMPLES
+from running import save_untrained
 from selfsup import cli
 from selfsup.batch import normalise
 from selfsup.checkpoint import load_encoder
@@ -266,3 +267,16 @@ def test_a_checkpoint_outside_a_run_needs_a_place(make_run, tmp_path):
     (make_run() / "checkpoints" / "step-00000007").rename(elsewhere)
     with pytest.raises(ValueError, match="say where to write with --out DIR"):
         main_look(elsewhere)
+
+
+def test_an_encoder_without_our_attention_has_the_other_pictures(tmp_path, shards, capsys):
+    objective = {"name": "simclr", "hidden_dim": 8, "out_dim": 4}
+    encoder = {"name": "timm", "model": "test_resnet", "img_size": 32}
+    content = {**CONTENT, "objective": objective, "encoder": encoder}
+    content["data"] = {**CONTENT["data"], "shards": str(shards), "views": "simclr-32"}
+    run = save_untrained(tmp_path / "run", content, 0.1, {}, 7)
+    main_look(run, samples=2, views=2, neighbours=2, points=8)
+    out = capsys.readouterr().out
+    assert "no attention maps: expected a vit encoder of selfsup, got TimmEncoder: other models keep" in out
+    names = {path.name for path in (run / "look" / "step-00000007").glob("*.png")}
+    assert names == {"neighbours.png", "views.png"}

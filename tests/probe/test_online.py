@@ -164,7 +164,14 @@ def unlabelled(index, keep: int):
 def test_without_labels_there_is_no_knn(tmp_path):
     index = unlabelled(packed(tmp_path, [i % 2 for i in range(80)], ["a", "b"]), 29)
     monitor = OnlineMonitor(recipe_of(index.folder), index, CPU)
-    assert set(monitor.measure(nn.Flatten())) == {"feature_std", "rankme", "monitor_share"}
+    assert set(monitor.measure(nn.Flatten())) == {
+        "feature_std",
+        "rankme",
+        "alignment",
+        "uniformity",
+        "collapsed",
+        "monitor_share",
+    }
     assert len(monitor.rows) == 80 and "no knn: it wants 30 labelled" in monitor.describe
 
 
@@ -237,31 +244,30 @@ def test_losses_weights_and_generators_are_the_same_bits(digits, mixed):
         assert repr(with_it[name]) == repr(value), name
 
 
-def drawing(self, encoder):
+def drawing(self, model, images):
     """Planted: the subset drawn anew from torch's generator."""
-    self._images = self._images[torch.randperm(len(self._images))]
-    return original(self, encoder)
+    return original(self, model, images[torch.randperm(len(images))])
 
 
-def left_in_eval_mode(self, encoder):
+def left_in_eval_mode(self, model, images):
     """Planted: the training mode is not put back."""
-    features = original(self, encoder)
-    encoder.eval()
-    return features
+    found = original(self, model, images)
+    model.eval()
+    return found
 
 
-def in_training_mode(self, encoder):
+def in_training_mode(self, model, images):
     """Planted: measured with drop path on."""
-    encoder.eval = lambda: None
-    return original(self, encoder)
+    model.eval = lambda: None
+    return original(self, model, images)
 
 
-original = OnlineMonitor._features
+original = OnlineMonitor._run
 
 
 @pytest.mark.parametrize("bug", [drawing, left_in_eval_mode, in_training_mode])
 def test_planted_bugs_are_caught(digits, monkeypatch, bug):
-    monkeypatch.setattr(OnlineMonitor, "_features", bug)
+    monkeypatch.setattr(OnlineMonitor, "_run", bug)
     with pytest.raises(AssertionError):
         test_losses_weights_and_generators_are_the_same_bits(digits, "fp32")
 
@@ -291,11 +297,11 @@ def test_it_times_itself(monitor, monkeypatch):
     monkeypatch.setattr(online.time, "perf_counter", lambda: now[0])
 
     def slow(images):
-        now[0] += 0.5  # four batches of at most 128
+        now[0] += 0.5  # eight batches of at most 128: 400 images, two views of 250
         return images.flatten(1)
 
     monitor._ended = 100.0
     now[0] = 118.0
-    assert monitor.measure(Function(slow))["monitor_share"] == pytest.approx(2 / 20)
+    assert monitor.measure(Function(slow))["monitor_share"] == pytest.approx(4 / 22)
     now[0] += 6
-    assert monitor.measure(Function(slow))["monitor_share"] == pytest.approx(2 / 8)
+    assert monitor.measure(Function(slow))["monitor_share"] == pytest.approx(4 / 10)

@@ -179,7 +179,11 @@ def test_the_run_folder_tells_everything(bench):
         "images_per_s",
         "data_wait",
     }
-    assert json.loads((run / "outcome.json").read_text()) == {"state": "finished", "step": 4}
+    assert json.loads((run / "outcome.json").read_text()) == {
+        "state": "finished",
+        "step": 4,
+        "collapsed_at": None,
+    }
     versions = json.loads((run / "environment.json").read_text())["versions"]
     assert versions.keys() >= {"torch", "selfsup", "accelerate"}
     events = tensorboard_tags(run / "tensorboard")

@@ -124,7 +124,8 @@ def brighten(images: Float32[Tensor, "n c h w"], factor: Float32[Tensor, "n 1 1 
 
 def contrast(images: Float32[Tensor, "n c h w"], factor: Float32[Tensor, "n 1 1 1"]) -> None:
     """In place: away from (factor > 1) or towards the mean of the image's grey."""
-    mean = images.mean((2, 3), keepdim=True)
+    # Rows first: torch would share one long sum out among threads, and add in another order.
+    mean = images.mean(3, keepdim=True).mean(2, keepdim=True)
     if images.shape[1] == 3:
         mean = _luma(mean)  # grey is linear, so its mean is the grey of the means
     images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)

@@ -75,9 +75,9 @@ def _refuse(encoder: EncoderConfig) -> None:
 def export_timm(source: Path, out: Path | None = None, weights: Weights = "trained") -> ExportReport:
     """Writes `config.json`, `model.safetensors` and `README.md` that timm loads unchanged.
 
-    source: run folder or checkpoint; out: new folder, default RUN/export/timm-step-N (-ema for the
-    averaged weights). Everything is
-    written to and verified in `.tmp-…` beside `out`, then renamed: a failure leaves nothing behind.
+    source: run folder or checkpoint; out: new folder, default RUN/export/timm-step-N, with -ema or -target
+    for other weights. Everything is written to and verified in `.tmp-…` beside `out`, then renamed: a
+    failure leaves nothing behind.
     Raises ValueError where the source is no checkpoint, `out` exists or cannot be written, or the
     reloaded model's outputs differ (see `verify`).
     """

@@ -34,8 +34,12 @@ class ExportReport(NamedTuple):
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state.json: step, samples, index fingerprint, git revision, ..."""
-    return json.loads((checkpoint / "state.json").read_text())
+    """A checkpoint's state.json: step, samples, index fingerprint, git revision, ...; with them `collapsed_at`,
+    where the run that it belongs to ended collapsed."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    outcome = checkpoint.absolute().parent.parent / "outcome.json"
+    collapsed_at = json.loads(outcome.read_text()).get("collapsed_at") if outcome.exists() else None
+    return state if collapsed_at is None else {**state, "collapsed_at": collapsed_at}
 
 
 def destination(to: str, checkpoint: Path, step: int, out: Path | None, weights: Weights) -> Path:

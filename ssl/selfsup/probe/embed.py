@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from selfsup.checkpoint import Weights
 from selfsup.data.index import ShardIndex, open_shards
 from selfsup.durable import fsync_path
-from selfsup.export.load import FrozenEncoder, load_frozen
+from selfsup.export.frozen import FrozenEncoder
+from selfsup.export.load import load_frozen
 from selfsup.probe.features import CROP, Device, Features, choose_device, encoder_features
 from selfsup.probe.sources import expect, expect_new
 

@@ -13,7 +13,8 @@ import tyro
 
 from selfsup.checkpoint import Weights
 from selfsup.data.index import ShardIndex, open_shards
-from selfsup.export.load import FrozenEncoder, load_frozen
+from selfsup.export.frozen import FrozenEncoder
+from selfsup.export.load import load_frozen
 from selfsup.memory import keep_freed_memory
 from selfsup.probe.features import Device, choose_device
 
