@@ -99,7 +99,8 @@ class TimmEncoder(nn.Module):
         return self.model.forward_features(images)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        return self.model(images)
+        # Channels last in memory: the same numbers, 1.1 to 1.5 times as fast for a ResNet in bf16 on a CPU.
+        return self.model(images.contiguous(memory_format=torch.channels_last))
 
 
 def replace_stem(model: nn.Module, name: str) -> None:
