@@ -207,3 +207,62 @@ def constant_encoder() -> None:
     """An encoder that says the same of every image."""
     original = ViT.pool
     ViT.pool = lambda self, tokens: original(self, tokens) * 0 + 0.7
+
+
+def target_per_micro_batch() -> None:
+    """The target takes the online weights in once for every micro-batch of a step."""
+    original_after, original_seed, micro_batches = byol.BYOL.after_step, train.seed_model, [0]
+
+    def seed_model(seed, step, micro):
+        micro_batches[0] = micro + 1
+        original_seed(seed, step, micro)
+
+    def after_step(self, progress):
+        for _ in range(micro_batches[0]):
+            original_after(self, progress)
+
+    train.seed_model, byol.BYOL.after_step = seed_model, after_step
+
+
+def target_before_the_step() -> None:
+    """The target takes in the weights that the optimizer is about to change."""
+    original, late = byol.BYOL.after_step, {}
+
+    def after_step(self, progress):
+        after = {k: p.detach().clone() for k, p in self.named_parameters() if not k.startswith("target_")}
+        with torch.no_grad():
+            for k, p in self.named_parameters():
+                if k in late:
+                    p.copy_(late[k])
+            original(self, progress)
+            for k, p in self.named_parameters():
+                if k in after:
+                    p.copy_(after[k])
+        late.update(after)
+
+    byol.BYOL.after_step = after_step
+
+
+def target_momentum_at_the_end() -> None:
+    """The momentum of the next step."""
+    original = byol.BYOL.after_step
+    byol.BYOL.after_step = lambda self, progress: original(self, progress + 1 / 6)
+
+
+def forgotten_target() -> None:
+    """A resume whose target starts from the seed again."""
+    original = checkpoint.load_file
+
+    def load_file(path):
+        tensors = original(path)
+        for name in [name for name in tensors if name.startswith("target_encoder.")]:
+            tensors[name] = torch.zeros_like(tensors[name])
+        return tensors
+
+    checkpoint.load_file = load_file
+
+
+def momentum_from_the_resume() -> None:
+    """The momentum's schedule counted from where the run went on."""
+    original = byol.BYOL.after_step
+    byol.BYOL.after_step = lambda self, progress: original(self, max(0.0, progress - 0.5))

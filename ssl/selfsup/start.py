@@ -20,6 +20,7 @@ from selfsup.data.index import ShardIndex, check_shards, open_shards
 from selfsup.data.order import ORDER_VERSION, BatchPlan
 from selfsup.data.sequential import BROKEN_PROMISES, sequential_batches
 from selfsup.data.views import ViewBatch
+from selfsup.encoders import has_batch_norm
 from selfsup.layers.batch_norm import synchronise
 from selfsup.layers.block import Block
 from selfsup.memory import keep_freed_memory
@@ -199,6 +200,11 @@ def summarise(
         f"x {plan.micro_batch}",
         f"steps      {state.step} to {recipe.optim.steps}{extent}",
     )
+    if plan.accumulation > 1 and has_batch_norm(state.objective):
+        say(
+            f"batch norm its statistics are of {plan.micro_batch * plan.world} images, those of one micro-batch over "
+            f"all processes: another run.micro_batch gives another gradient"
+        )
 
 
 def dry_run(recipe: Recipe) -> None:
