@@ -38,7 +38,7 @@ def batch_of(b: int, size: int = 16, dtype: torch.dtype = torch.float32) -> View
     """Two random views of b images, as an objective gets them."""
     views = tuple(torch.randn(b, 3, size, size, dtype=dtype) for _ in range(2))
     place = torch.arange(b)
-    return ViewBatch(views=views, seed=0, epoch=place * 0, position=place, index=place, kinds=(), colours=())
+    return ViewBatch(views=views, seed=0, epoch=place * 0, position=place, index=place, colours=())
 
 
 def make_colour_shards(folder: Path, samples: int = 83, per_shard: int = 30) -> Path:

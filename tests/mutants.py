@@ -12,6 +12,7 @@ from selfsup.data import views
 from selfsup.ema import Ema
 from selfsup.encoders.vit import ViT
 from selfsup.objectives import base, byol, mae, simclr
+from selfsup.probe.online import OnlineMonitor
 
 
 def rank_in_the_key() -> None:
@@ -247,6 +248,17 @@ def target_momentum_at_the_end() -> None:
     """The momentum of the next step."""
     original = byol.BYOL.after_step
     byol.BYOL.after_step = lambda self, progress: original(self, progress + 1 / 6)
+
+
+def monitor_in_training_mode() -> None:
+    """Batch norms take the monitor's images into their running statistics."""
+    original = OnlineMonitor._run
+
+    def run(self, model, images):
+        model.eval = lambda: None
+        return original(self, model, images)
+
+    OnlineMonitor._run = run
 
 
 def forgotten_target() -> None:

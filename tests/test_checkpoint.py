@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import joint
 from selfsup import checkpoint
 from selfsup.checkpoint import TrainState, find_checkpoint, init_from, load_encoder, restore, save_checkpoint
 from selfsup.config import validate
@@ -291,6 +292,20 @@ def test_load_encoder_and_init_from(recipe, tmp_path):
     wider = validate(Recipe, {**CONTENT, "encoder": {**CONTENT["encoder"], "embed_dim": 32}})
     with pytest.raises(ValueError, match="do not fit this recipe, first .*: expected .* got"):
         init_from(tmp_path, state_of(wider, 0, 0).objective, wider)
+
+
+def test_a_target_starts_from_the_encoder_of_another_objective(tmp_path):
+    """Against a random target the online network would unlearn what it brings."""
+    simclr, byol = joint.recipe(), joint.recipe(objective={"name": "byol"})
+    saved, fresh = state_of(simclr, 0), state_of(byol, 3, 0)
+    save_checkpoint(tmp_path, saved)
+    assert "the encoder's weights and its target's" in init_from(tmp_path, fresh.objective, byol)
+    for network in (fresh.objective.encoder, fresh.objective.target_encoder):
+        assert equal(dict(network.state_dict()), dict(saved.objective.encoder.state_dict()))
+    again = state_of(byol, 5, 0)
+    save_checkpoint(tmp_path / "byol", fresh)
+    assert "all weights" in init_from(tmp_path / "byol", again.objective, byol)
+    assert equal(dict(fresh.objective.state_dict()), dict(again.objective.state_dict()))
 
 
 def averaged(recipe: Recipe, seed: int) -> TrainState:

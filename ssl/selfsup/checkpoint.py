@@ -272,16 +272,21 @@ def _tensors(checkpoint: Path, recipe: Recipe, weights: Weights) -> dict[str, Te
 def init_from(source: Path, objective: nn.Module, recipe: Recipe) -> str:
     """Loads weights only, for a new run; returns lines saying what was taken and what passed over.
 
-    The whole objective where the saved one has the same name, else its encoder.
+    The whole objective where the saved one has the same name, else its encoder; a target network's too, which
+    would otherwise begin at random and have the online one unlearn what it brings.
     Raises ValueError where shapes or names do not fit.
     """
     checkpoint, passed_over = find_checkpoint(source)
     saved = read_recipe(checkpoint)
     weights = load_file(checkpoint / "objective.safetensors")
+    fresh = objective.state_dict()
     whole = saved.objective.name == recipe.objective.name
+    twice = not whole and any(k.startswith("target_encoder.") for k in fresh)
     if not whole:
         weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
-    target = {k: v for k, v in objective.state_dict().items() if whole or k.startswith("encoder.")}
+        weights |= {f"target_{k}": v for k, v in weights.items()} if twice else {}
+    taken = "" if whole else ("encoder.", "target_encoder.")
+    target = {k: v for k, v in fresh.items() if k.startswith(taken)}
     unlike = [k for k in sorted({*weights, *target}) if _shape(weights, k) != _shape(target, k)]
     if unlike:
         k = unlike[0]
@@ -290,7 +295,7 @@ def init_from(source: Path, objective: nn.Module, recipe: Recipe) -> str:
             f"expected {_shape(target, k)}, got {_shape(weights, k)}; compare its config.yaml"
         )
     objective.load_state_dict(weights, strict=whole)
-    part = "all weights" if whole else "the encoder's weights"
+    part = "all weights" if whole else "the encoder's weights" + twice * " and its target's"
     return "\n".join([*passed_over, f"initialised {part} from {checkpoint}"])
 
 

@@ -104,6 +104,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ValueError(f"--{key}: {parent} was given a value and a key below it")
+        if isinstance(section.get(leaf), dict):
+            raise ValueError(f"--{key}: {leaf} was given a value and a key below it")
         section[leaf] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
     return overrides
 
@@ -156,6 +158,8 @@ _EXPECTED = {
     "model_type": "a section of keys",
     "model_attributes_type": "a section of keys",
     "tuple_type": "a list",
+    "missing": "a value",
+    "too_long": "at most {max_length} values",
     "finite_number": "a finite number",
 }
 
@@ -163,21 +167,22 @@ _EXPECTED = {
 def _explain(section: type[Section], content: dict[str, Any], fault: Any) -> str:
     """One pydantic fault as `key: expected ..., got ...`, with the nearest valid name for a typo."""
     tags = _union_tags(section)
-    # pydantic's own marks: the member of a union, and `<list>` (see data.views) for a kind of value.
+    # pydantic's own marks: the member of a union, and the kind of value of data.views.
     location = [
         part
         for i, part in enumerate(fault["loc"])
-        if not (i == 1 and part in tags) and not str(part).startswith("<")
+        if not (i == 1 and part in tags) and part not in ("<preset>", "<list>")
     ]
+    listed = any(isinstance(part, int) for part in location)
     key = ".".join(str(part) for part in location)
     kind, context = fault["type"], fault.get("ctx", {})
     if kind == "extra_forbidden":
         owner = _owner(section, location)
         if owner:
             return f"{key}: unknown key; it belongs to {location[0]}.name {owner}"
-        near = _nearest_in_list(section, location) or _nearest(section, content, key)
+        near = _nearest_in_list(section, location) if listed else _nearest(section, content, key)
         return f"{key}: unknown key" + (f"; perhaps you meant {near}" if near else "")
-    if kind == "missing":
+    if kind == "missing" and not listed:
         return f"{key}: expected a value, got none; set it in the YAML or with --{key.replace('_', '-')}"
     if kind == "value_error":
         return f"{key}: {context['error']}" if key else str(context["error"])
@@ -219,8 +224,6 @@ def _entry(annotation: Any, i: int) -> Any:
 
 def _nearest_in_list(section: type[Section], location: list[Any]) -> str | None:
     """The valid key closest to a mistyped one of a section in a list: `data.views.1.hu`."""
-    if not any(isinstance(part, int) for part in location):
-        return None
     annotation: Any = section
     for part in location[:-1]:
         if isinstance(part, int):
@@ -288,9 +291,10 @@ def _nearest(section: type[Section], content: dict[str, Any], key: str) -> str |
     for name, field in section.model_fields.items():
         members = _chosen(_members(field.annotation), content.get(name))
         valid.append(name)
-        valid += [f"{name}.{inner}" for m in members for inner in m.model_fields]
-    by_leaf = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
-    if by_leaf:
-        return by_leaf[0]
+        for inner, inner_field in (pair for m in members for pair in m.model_fields.items()):
+            valid.append(f"{name}.{inner}")
+            listed = _members(_entry(inner_field.annotation, 0))
+            valid += [f"{name}.{inner}.0.{leaf}" for m in listed for leaf in m.model_fields]
     leaf = key.rsplit(".", 1)[-1]
-    return next((name for name in valid if name.rsplit(".", 1)[-1] == leaf), None)
+    elsewhere = [name for name in valid if name.rsplit(".", 1)[-1] == leaf]
+    return next(iter(elsewhere + difflib.get_close_matches(key, valid, n=1, cutoff=0.6)), None)

@@ -41,9 +41,10 @@ class MetricsLog:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
         if self._judge(step, values.get("collapsed")):
             before = "" if self._healthy is None else f" (at step {self._healthy} they were not)"
+            measured = ", ".join(f"{name} {values[name]:.3g}" for name in _SPREAD if name in values)
             print(
-                f"step {step}: COLLAPSED: features or embeddings are nearly the same for every image{before}: "
-                f"feature_std {values['feature_std']:.3g}, rankme {values['rankme']:.3g}; the loss does not tell",
+                f"step {step}: COLLAPSED: features or embeddings are nearly the same for every image, or on a "
+                f"line{before}: {measured}; the loss does not tell",
                 flush=True,
             )
         if self._bar.disable:
@@ -95,6 +96,7 @@ class MetricsLog:
 
 
 _SHOWN = ("loss", "lr", "images_per_s", "data_wait", "mfu")
+_SPREAD = ("feature_std", "rankme", "embedding_std", "embedding_rankme")
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

@@ -27,7 +27,8 @@ class PrecisionConfig(Section):
 class RunConfig(Section):
     """Where and how to run: nothing here changes the result beyond rounding (with drop path on, the
     micro-batches and torch.compile, there with activation_checkpointing, decide which random numbers
-    it draws)."""
+    it draws; with batch norm, as in byol's heads, its statistics are those of a micro-batch over all
+    processes)."""
 
     dir: str
     """The run folder: config, metrics, checkpoints, exports."""
@@ -122,7 +123,6 @@ class Recipe(Section):
             )
         return self
 
-
     def _check_views(self) -> None:
         """The objective gets as many views of an image as it compares, of the size that the encoder takes."""
         name, wanted = self.objective.name, self.objective.views
@@ -135,7 +135,7 @@ class Recipe(Section):
         if sizes != [size] * wanted:
             raise ValueError(
                 f"data.views: expected {wanted} views of {size} px, which {name} compares, got "
-                f"{len(sizes) or 'none'}{f' of {sizes} px' if sizes else ''}; set data.views to simclr, byol, or "
+                f"{len(sizes) or 'none'}{f' of {sorted(set(sizes))} px' if sizes else ''}; set data.views to simclr, byol, or "
                 f"simclr-32 for images of 32 px"
             )
 

@@ -61,7 +61,7 @@ def describe(run_dir: Path, recipe: Recipe, processes: int, device: torch.device
 
 def environment(processes: int, device: torch.device) -> dict[str, Any]:
     """What the run ran on: versions, machine, processes, git revision of this code (None if unknown)."""
-    libraries = ("selfsup", "torch", "torchvision", "accelerate", "webdataset", "numpy", "safetensors")
+    libraries = ("selfsup", "torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "safetensors")
     return {
         "versions": {name: version(name) for name in libraries},
         "python": platform.python_version(),

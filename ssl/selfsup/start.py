@@ -102,8 +102,8 @@ def build_objective(recipe: Recipe, device: torch.device) -> Objective:
     blocks = [module for module in objective.modules() if isinstance(module, Block)]
     if recipe.run.activation_checkpointing and not blocks:
         raise ValueError(
-            "run.activation_checkpointing: expected a model with transformer blocks, this one has none; "
-            "set it to false"
+            "run.activation_checkpointing: expected a model with transformer blocks of our own (encoder.name "
+            "vit), this one has none; set it to false"
         )
     for block in blocks:
         block.checkpoint = recipe.run.activation_checkpointing
@@ -119,7 +119,13 @@ def batch_plan(recipe: Recipe) -> BatchPlan:
         raise ValueError(
             f"run.micro_batch: {recipe.objective.name} contrasts all images of a batch, and each of "
             f"{plan.accumulation} micro-batches would see only {micro * world} of {size}; leave it out. Where memory "
-            f"is short set objective.chunk, or use more processes: both leave the gradient as it is"
+            f"is short set objective.chunk (not with BatchNorm), or use more processes: both leave the gradient as it is"
+        )
+    if recipe.objective.views > 1 and micro * world == 1:
+        key = "optim.batch_size" if size == 1 else "run.micro_batch"
+        raise ValueError(
+            f"{key}: {recipe.objective.name} learns from how the images of a forward pass differ (negatives, batch "
+            f"norm), expected at least 2 over all processes, got 1"
         )
     return plan
 

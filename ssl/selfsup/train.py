@@ -62,6 +62,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     monitor, monitored = None, 0 < run.monitor_every <= optim.steps
     if monitored:
         monitor = dist.on_first_rank(open_monitor, recipe, index, accelerator.device)
+    elif run.monitor_every:
+        start.say(f"monitor    off: run.monitor_every {run.monitor_every} is beyond the last step {optim.steps}")
     profiler = start.profiler(recipe, state.step)
 
     stop = StopSignal()

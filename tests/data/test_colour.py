@@ -19,7 +19,7 @@ def pictures(n: int, height: int = 11, width: int = 9, channels: int = 3, seed: 
     images = torch.randint(0, 256, (n, channels, height, width), generator=random)
     images[:, :, :2] = images[:, :1, :2]
     images[:, 1:, 2:3] = images[:, :1, 2:3]
-    images[:, :, 3] = images[:, :, 3] // 128 * 255
+    images[:, :, 3:4] = images[:, :, 3:4] // 128 * 255
     return images.float() / 255
 
 
@@ -98,6 +98,13 @@ def test_blurs_of_every_width(kernel):
     assert distance(images, colours_of(14, sigma=sigma, blurred=blurred), kernel) < EPS
 
 
+def test_the_least_blur_leaves_the_image():
+    """Also a sigma that float32 rounds to 0."""
+    images, sigma = pictures(3), torch.tensor([1e-3, 1e-30, 0.0])
+    blurred = torch.ones(3, dtype=torch.bool)
+    assert torch.equal(apply_colours(images, colours_of(3, sigma=sigma, blurred=blurred), 5), images)
+
+
 def test_every_order_of_the_jitter():
     order = torch.tensor(list(permutations(range(4))))
     images, jittered = pictures(24), torch.ones(24, dtype=torch.bool)
@@ -146,6 +153,29 @@ def test_a_sample_does_not_depend_on_its_neighbours(shape, monkeypatch):
         assert torch.equal(alone[0], together[i])
     monkeypatch.setattr(colour, "_IN_CACHE", 7 * images[0].numel())
     assert torch.equal(apply_colours(images, colours, 5), together)
+
+
+def test_the_number_of_threads_does_not_matter():
+    """Bit by bit: a loader worker has one, a training process with no workers all of them."""
+    jittered = torch.ones(6, dtype=torch.bool)
+    images, colours = pictures(6, 225, 225), everything(6)._replace(jittered=jittered)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 5, 8):  # shares of an image that end in the middle of a vector
+            torch.set_num_threads(threads)
+            found.append(apply_colours(images, colours, 5))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(2, 2), (2, 9), (11, 9)])
+def test_images_of_one_colour_and_of_two_pixels(level, shape):
+    for images in (torch.full((60, 3, *shape), level), pictures(60, *shape)):
+        found = apply_colours(images, everything(), 3)
+        assert (found - one_by_one(images, everything(), 3)).abs().max() < EPS
+        assert found.isfinite().all() and found.min() > -EPS and found.max() < 1 + EPS
 
 
 def test_nothing_goes_through_a_matrix_product(monkeypatch):

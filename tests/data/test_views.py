@@ -110,6 +110,25 @@ def test_draws_are_independent_of_each_other(drawn):
     assert correlation[~between_places].abs().max() < 5 / N**0.5
 
 
+def largest_correlation(numbers: tuple[int, int]) -> torch.Tensor:
+    """The largest correlation between what two views draw, and between a view's crop, flip and colours."""
+    columns, position, side = [], np.arange(N), np.full(N, 1000)
+    for number in numbers:
+        boxes = views_module.crop_boxes(0, 0, position, side, side, (0.08, 1.0), (3 / 4, 4 / 3), number)
+        colours = draw_colours(STRONG, 0, 0, position, number)
+        strengths = [getattr(colours, name) for name in ("brightness", "contrast", "hue", "sigma", "grey")]
+        mirrored = views_module.flips(0, 0, position, 0.5, number)
+        columns += [*torch.from_numpy(boxes).T, torch.from_numpy(mirrored), *strengths]
+    correlation = torch.corrcoef(torch.stack([column.double() for column in columns]))
+    one_crop = torch.block_diag(torch.ones(4, 4), torch.eye(6)).bool()  # a large one begins near the corner
+    return correlation[~torch.block_diag(one_crop, one_crop).bool()].abs().max()
+
+
+def test_views_largest_correlation_are_independent():
+    assert largest_correlation((0, 1)) < 5 / N**0.5
+    assert largest_correlation((1, 1)) > 0.9  # the planted bug: a view's number forgotten
+
+
 def test_no_draw_moves_another():
     """Used or not, weak or strong: what stays the same in the config stays the same in the sample."""
     position = np.arange(50)
@@ -172,8 +191,8 @@ def test_the_same_key_gives_the_same_views_in_any_batch(on_device):
 def views_differ() -> None:
     first, second = batch_of(40, False, "simclr-32").views
     assert (first != second).flatten(1).any(dim=1).all()
-    kinds, colours = batch_of(40, True, "simclr-32")[-2:]
-    assert len(kinds) == len(colours) == 2
+    colours = batch_of(40, True, "simclr-32").colours
+    assert len(colours) == 2
     assert (colours[0].brightness != colours[1].brightness).all()
 
 
@@ -200,11 +219,11 @@ def test_workers_and_device_give_the_same_views(channels, device):
         pytest.skip("no CUDA device")
     views = (STRONG, View(size=10, count=2, solarise=0.5))
     by_workers, pending = (batch_of(40, on_device, views, 16, channels) for on_device in (False, True))
-    assert by_workers.kinds == by_workers.colours == () and len(pending.colours) == 3
+    assert by_workers.colours == () and len(pending.colours) == 3
     assert [view.dtype for view in by_workers.views + pending.views] == [torch.uint8] * 6
     mean, std = torch.tensor(MEAN[:channels]), torch.tensor(STD[:channels])
     there = pending.to(torch.device(device), MEAN[:channels], STD[:channels])
-    assert there.kinds == there.colours == () and there.targets == 40 and there.position.device.type == device
+    assert there.colours == () and there.targets == 40 and there.position.device.type == device
     for exact, rounded in zip(there.views, by_workers.views):
         assert exact.dtype == torch.float32 and exact.shape == rounded.shape
         pixels = exact.cpu() * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
@@ -258,7 +277,7 @@ def same(a: ViewBatch, b: ViewBatch) -> bool:
         [*batch.views, batch.epoch, batch.position, batch.index, *(f for c in batch.colours for f in c)]
         for batch in (a, b)
     ]
-    return a.seed == b.seed and a.kinds == b.kinds and all(map(torch.equal, *tensors))
+    return a.seed == b.seed and all(map(torch.equal, *tensors))
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -278,14 +297,34 @@ def test_workers_do_not_change_the_views(index, on_device):
     assert all(map(torch.equal, one, other))
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_processes_and_a_resume_do_not_change_the_views(index, on_device):
+    """Two processes of two micro-batches each against one process; and one that goes on in the middle."""
+    config = ImageData(shards=str(index.folder), views="byol")
+
+    def taken(plan: BatchPlan, start: int, count: int, workers: int = 0) -> list[ViewBatch]:
+        stream = train_batches(config, index, 5, 8, 3, plan, start, workers, on_device)
+        batches = list(islice(stream, count))
+        stream.close()
+        return [batch.to(CPU, MEAN, STD) for batch in batches]
+
+    whole = taken(BatchPlan(8, 8, 0, 1), 0, 7)  # more than an epoch of 40
+    ranks = [taken(BatchPlan(8, 2, rank, 2), 0, 14, workers=rank) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        parts = [ranks[rank][2 * step + micro] for micro in range(2) for rank in range(2)]
+        for i in range(2):
+            assert torch.equal(torch.cat([part.views[i] for part in parts]), batch.views[i])
+    assert all(map(same, whole[3:], taken(BatchPlan(8, 8, 0, 1), 3 * 8, 4, workers=2)))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_sequential_reader_makes_views_too(shards, workers):
     config = ImageData(shards=str(shards), index="none", views="byol")
     stream = sequential_batches(config, 3, 16, 3, BatchPlan(6, 6, 0, 1), workers, True)
     batch = next(stream)
     stream.close()
-    assert isinstance(batch, ViewBatch) and batch.kinds == config.kinds(16) and (batch.index == -1).all()
-    expected = draw_colours(batch.kinds[1], 3, 0, batch.position.numpy(), 1)
+    assert isinstance(batch, ViewBatch) and (batch.index == -1).all()
+    expected = draw_colours(config.kinds(16)[1], 3, 0, batch.position.numpy(), 1)
     assert all(map(torch.equal, batch.colours[1], expected))
     assert [view.shape for view in batch.to(CPU, MEAN, STD).views] == [(6, 3, 16, 16)] * 2
 
@@ -393,7 +432,7 @@ PRESET_NAMES = "'none', 'simclr', 'simclr-32' or 'byol'"
         ({"views": [{"hu": 0.1}]}, "views.0.hu: unknown key; perhaps you meant views.0.hue"),
         ({"views": [{"zzz": 0.1}]}, "views.0.zzz: unknown key"),
         ({"views": [{"blur": "x"}]}, "views.0.blur: expected a number, got 'x'"),
-        ({"views": [{"count": 0}]}, "views.0.count: expected 1 <= x, got 0"),
+        ({"views": [{"count": 0}]}, "views.0.count: expected 1 <= x <= 100, got 0"),
         ({"views": [{"size": 1}]}, "views.0.size: expected 2 <= x, got 1"),
         ({"views": [{"crop_scale": [0.5, 2]}]}, "views.0.crop_scale.1: expected 0 < x <= 1, got 2"),
         ({"views": [{"blur_sigma": [2, 1]}]}, "views.0.blur_sigma: expected low <= high, got 2.0 and 1.0"),
@@ -405,3 +444,46 @@ def test_faults(content, message):
     with pytest.raises(ValueError) as fault:
         validate(ImageData, {"shards": "x", **content})
     assert str(fault.value).startswith(message) and len(str(fault.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ("simclr32", f"data.views: expected one of {PRESET_NAMES}, got 'simclr32'"),
+        (True, f"data.views: expected one of {PRESET_NAMES}, got True"),
+        (["simclr", "byol"], "data.views.0: expected a section of keys, got 'simclr'"),
+        ([{}, {"hu": 0.1}], "data.views.1.hu: unknown key; perhaps you meant data.views.1.hue"),
+        ([{}, {"strength": 0.5}], "data.views.1.strength: unknown key"),
+        ([{}, {"<hue": 0.1}], "data.views.1.<hue: unknown key; perhaps you meant data.views.1.hue"),
+        ([{}, {"blur_sigma": [1]}], "data.views.1.blur_sigma.1: expected a value, got"),
+        ([{}, {"blur_sigma": [1, 2, 3]}], "data.views.1.blur_sigma: expected at most 2 values, got [1, 2, 3]"),
+        ([{}, {"hue": "x"}], "data.views.1.hue: expected a number, got 'x'"),
+        ([{}, {"crop_scale": [0.5, 2]}], "data.views.1.crop_scale.1: expected 0 < x <= 1, got 2"),
+        ([{}, {"size": 4}], "data.views: expected 2 views of 8 px, which simclr compares, got 2 of [4, 8] px"),
+        ([{"count": 2}, {"size": 4, "count": 6}], "data.views: expected 2 views of 8 px, which simclr compares, got 8"),
+    ],
+)
+def test_faults_of_a_recipe(views, message):
+    """The same with whole keys; the objective has a word too."""
+    content = {"objective": {"name": "simclr"}, "encoder": {"img_size": 8, "patch_size": 4}, "run": {"dir": "r"}}
+    with pytest.raises(ValueError) as fault:
+        validate(Recipe, {**content, "data": {"shards": "x", "views": views}})
+    lines = str(fault.value).splitlines()
+    assert lines[0].startswith(message) and len(lines) == (2 if views == ["simclr", "byol"] else 1)
+    assert max(map(len, lines)) < 200 and ("perhaps" in lines[0]) == ("perhaps" in message)
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("blur", "views.0.blur"), ("solarize", "views.0.solarise"), ("size", "views.0.size"), ("view", "views")],
+)
+def test_a_key_of_a_view_beside_the_views(key, near):
+    with pytest.raises(ValueError, match=rf"^data\.{key}: unknown key; perhaps you meant data\.{near}$"):
+        validate(Recipe, {"data": {"shards": "x", key: 1}, "run": {"dir": "r"}})
+
+
+def test_a_view_and_a_preset_on_the_command_line():
+    """In either order: none of the two is dropped in silence."""
+    for words in ("--data.views simclr --data.views.0.hue 0", "--data.views.0.hue 0 --data.views simclr"):
+        with pytest.raises(ValueError, match="views was given a value and a key below it"):
+            parse_overrides(words.split())

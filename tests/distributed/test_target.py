@@ -61,6 +61,27 @@ def test_planted_bugs_are_caught(bench, mutant):
     assert error(bench, 1, 2, mutant) > 1e-4
 
 
+def watched(bench, name: str, ranks: int, every: int, mutant: str | None = None) -> tuple[dict, list]:
+    """What is left of a run with batch norms, measured and drawn every so many steps."""
+    server, arguments = bench
+    options = {"optim.steps": 4, "run.monitor_every": every, "run.picture_every": every}
+    command, run, log = arguments(f"watched-{name}-{ranks}-{every}", encoder=RESNET, **options)
+    server.run(command, log, ranks, mutant=mutant)
+    return final_state(run), losses(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_watching_changes_nothing(bench, ranks):
+    """Batch norms that look at other processes: the first alone measures, so in eval mode, or it would wait."""
+    assert watched(bench, "off", ranks, 0) == watched(bench, "on", ranks, 2)
+
+
+@pytest.mark.slow
+def test_measuring_in_training_mode_is_caught(bench):
+    assert watched(bench, "right", 1, 2) != watched(bench, "wrong", 1, 2, "monitor_in_training_mode")
+
+
 def killed_and_resumed(bench, name: str, ranks: int, mutant: str | None = None, **options):
     """(a run never stopped, the same killed with -9 and resumed)."""
     server, arguments = bench

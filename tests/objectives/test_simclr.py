@@ -139,6 +139,15 @@ def test_accumulation_is_refused():
     assert start.batch_plan(recipe(run={"micro_batch": 8})).accumulation == 1
 
 
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_one_image_is_refused(name):
+    with pytest.raises(ValueError, match=rf"^optim\.batch_size: {name} learns .* at least 2 .* got 1"):
+        start.batch_plan(recipe(objective={"name": name}, optim={"batch_size": 1}))
+    with pytest.raises(ValueError, match=r"^run\.micro_batch: "):
+        start.batch_plan(recipe(objective={"name": name}, run={"micro_batch": 1}))
+    assert start.batch_plan(recipe(objective={"name": "byol"}, run={"micro_batch": 2})).accumulation == 4
+
+
 @pytest.mark.parametrize("views", ["none", [{}], [{"count": 3}], [{}, {"size": 8}]])
 def test_other_views_are_refused(views):
     with pytest.raises(ValueError, match=r"data\.views: expected 2 views of 16 px, .*simclr-32"):

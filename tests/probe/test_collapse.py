@@ -45,8 +45,8 @@ def runs(tmp_path_factory, digits):
         for run, (objective, momentum, mutant, steps) in RUNS.items():
             config = write_joint_config(folder, folder / "shards", objective)
             options = {"--optim.steps": steps, "--optim.batch-size": 64, "--optim.base-lr": 4e-3,
-                       "--optim.warmup-fraction": 0, "--encoder.depth": 2, "--encoder.patch-size": 8, "--run.log-every": EVERY,
-                       "--run.monitor-every": EVERY, "--run.checkpoint-every": 200}  # fmt: skip
+                       "--optim.warmup-fraction": 0, "--encoder.depth": 2, "--encoder.patch-size": 8,
+                       "--run.log-every": EVERY, "--run.monitor-every": EVERY, "--run.checkpoint-every": 200}  # fmt: skip
             options |= {} if momentum is None else {"--objective.momentum": momentum}
             pairs = [part for pair in options.items() for part in pair]
             server.run([config, "--run.dir", folder / run, *pairs], folder / f"{run}.log", mutant=mutant)
@@ -102,9 +102,15 @@ def test_constants_and_lines_are_collapsed_and_clouds_are_not():
     assert collapsed(line + 0.1 * mean + 1e-3 * cloud)
 
 
+def test_two_images_and_one_dimension_lie_on_a_line_in_health():
+    torch.manual_seed(0)
+    assert not collapsed(torch.randn(2, 16)) and not collapsed(torch.randn(300, 1))
+    assert collapsed(torch.ones(2, 16)) and collapsed(torch.ones(300, 1)) and collapsed(torch.zeros(300, 16))
+
+
 def test_the_log_names_the_step_and_survives_a_resume(tmp_path, capsys):
     said = {10: 0.0, 20: 1.0, 30: 0.0, 40: 1.0, 50: 1.0}
-    numbers = {"feature_std": 0.01, "rankme": 1.0}
+    numbers = {"feature_std": 0.5, "rankme": 9.0, "embedding_std": 0.01, "embedding_rankme": 1.0}
     log = MetricsLog(tmp_path, 0, 100)
     for step, value in said.items():
         log.write(step, {"collapsed": value, **numbers})
@@ -114,6 +120,7 @@ def test_the_log_names_the_step_and_survives_a_resume(tmp_path, capsys):
     printed = [line for line in capsys.readouterr().out.splitlines() if "COLLAPSED" in line]
     assert [line.split(":")[0] for line in printed] == ["step 20", "step 40"]
     assert "at step 30 they were not" in printed[1]
+    assert "feature_std 0.5, rankme 9, embedding_std 0.01, embedding_rankme 1;" in printed[0]  # what collapsed
     for start, expected in ((50, 40), (35, None), (20, 20)):
         log = MetricsLog(tmp_path, start, 100)
         assert log.collapsed_at == expected

@@ -102,8 +102,11 @@ def test_features_that_are_not_numbers_do_not_end_the_run(monitor):
         features[:1] = float("nan")
         return features
 
+    monitor.measure(nn.Flatten())
+    assert monitor.similarities
     values = monitor.measure(Function(broken))
     assert set(values) == {"feature_nonfinite", "monitor_share"}
+    assert not monitor.similarities  # not those of the last measurement
     assert values["feature_nonfinite"] == 4  # the first of each batch of at most 128
 
 

@@ -227,6 +227,7 @@ def test_init_from_starts_a_new_run_with_the_weights(bench):
         bench.config, "--init-from", first, "--run.dir", second, "--optim.steps", 1, "--optim.base-lr", 1e-12
     )
     assert codes == [0] and "initialised all weights from" in output
+    assert "monitor    off: run.monitor_every 1000 is beyond the last step 1" in output
     old = load_file(first / "checkpoints" / "step-00000003" / "objective.safetensors")
     new = load_file(second / "checkpoints" / "step-00000001" / "objective.safetensors")
     assert all((old[k] - new[k]).abs().max() < 1e-6 for k in old)

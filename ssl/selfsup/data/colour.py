@@ -19,7 +19,7 @@ OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 
 _LUMA = (0.2989, 0.587, 0.114)
 _IN_CACHE = 2**20
-"""Pixels that a CPU changes together: as many as stay in its cache."""
+"""Numbers that a CPU changes together: as many as stay in its cache."""
 _LEAST_WEIGHT = 2.0**-26
 """A weight below this, times a pixel, is lost in float32 beside the middle one: it counts as zero."""
 
@@ -167,7 +167,7 @@ def turn_hue(images: Float32[Tensor, "n 3 h w"], shift: Float32[Tensor, "n 1 1 1
     y.sub_(red).sub_(largest).div_(scratch).add_(2)
     torch.sub(green, blue, out=scratch)
     y.view(torch.int32).bitwise_or_(scratch.view(torch.int32).bitwise_and_(-(2**31)))  # the sign bit
-    y.add_(shift[:, 0], alpha=6)
+    y.add_(6 * shift[:, 0])  # not alpha=6: torch would fuse it for whole vectors only, which threads cut elsewhere
     y.sub_(torch.mul(y, 1 / 6, out=scratch).round_(), alpha=6)
     torch.addcmul(largest, chroma, torch.abs(y, out=scratch).sub_(1).clamp_(0, 1), value=-1, out=red)
     torch.addcmul(smallest, chroma, torch.add(y, 1, out=scratch).abs_().sub_(1).clamp_(0, 1), out=green)
@@ -194,7 +194,8 @@ def blur(images: Float32[Tensor, "n c h w"], sigma: Float32[Tensor, "n 1 1 1"], 
 def gaussian(sigma: Float32[Tensor, "n"], kernel: int) -> Float32[Tensor, "n kernel"]:
     """The weights of a blur at whole pixels, adding up to 1; those below float32's resolution are 0."""
     x = torch.arange(-(kernel // 2), kernel // 2 + 1, device=sigma.device)
-    weights = torch.softmax(-((x / (math.sqrt(2) * sigma[:, None])) ** 2), dim=1)
+    wide = math.sqrt(2) * sigma[:, None].clamp_min(1e-3)  # below, the neighbours have nothing anyway
+    weights = torch.softmax(-((x / wide) ** 2), dim=1)
     return weights * (weights > _LEAST_WEIGHT)
 
 

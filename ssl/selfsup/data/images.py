@@ -50,7 +50,7 @@ class ImageData(Section):
     """Probability of mirroring left to right."""
     views: Views = "none"
     """none: one view, cropped and mirrored as above. Several, which have crops of their own: simclr, simclr-32
-    (32 pixels), byol (MoCo-v3 too), or in YAML a list of kinds of view: [{count: 2}, {size: 96, count: 6}]."""
+    (32 pixels), byol (MoCo-v3 too), or in YAML a list of kinds of view: [{blur: 1.0}, {blur: 0.1, hue: 0.1}]."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Subtracted from pixels scaled to 0..1, one value a channel (3, or 1 for grey)."""
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
@@ -156,7 +156,7 @@ def make_batch(
     if not colours_on_device:
         return ViewBatch(views, *keys)
     colours = (draw_colours(kind, seed, epoch, position, number) for number, kind in enumerate(kinds))
-    return ViewBatch(views, *keys, kinds, tuple(colours))
+    return ViewBatch(views, *keys, tuple(colours))
 
 
 class EvalImages(Dataset):

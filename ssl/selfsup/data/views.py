@@ -25,7 +25,7 @@ class View(Section):
 
     size: Annotated[int, Field(ge=2)] | None = None
     """Pixels across; none: encoder.img_size."""
-    count: Annotated[int, Field(ge=1)] = 1
+    count: Annotated[int, Field(ge=1, le=100)] = 1
     """Views of this kind of each image."""
     crop_scale: tuple[Positive, Share] = (0.08, 1.0)
     """Random resized crop: least and largest share of the image's area."""
@@ -73,7 +73,11 @@ PRESETS: dict[str, tuple[View, ...]] = {
     "byol": (View(**_BYOL, blur=1.0), View(**_BYOL, blur=0.1, solarise=0.2)),
 }
 """SimCLR (appendix A) for ImageNet, and with half the strength and no blur for 32 pixels (its appendix
-B.9); BYOL's unequal pair (its appendix B), which MoCo-v3 takes too."""
+B.9); BYOL's unequal pair (its appendix B), which MoCo-v3 takes too (for ResNet-50 with crops from 0.2 on).
+
+The strengths are the papers'. What they do to pixels is torchvision's, as in SimCLR's listing (appendix A)
+and MoCo-v3's code. The TensorFlow code of SimCLR and the JAX code of BYOL do otherwise: contrast about the
+mean of each channel, saturation in HSV, black beyond the border for the blur; BYOL adds to brightness."""
 
 Views = Annotated[
     Annotated[Literal["none", "simclr", "simclr-32", "byol"], Tag("<preset>")]
@@ -107,10 +111,8 @@ class ViewBatch(NamedTuple):
     """(b,) int64: place in the epoch's order."""
     index: Tensor
     """(b,) int64: row of the sample in the shard index; -1 where there is no index."""
-    kinds: tuple[View, ...] = ()
-    """Of each view, where its colours are still to be changed; empty where they were, and after `to`."""
     colours: tuple[Colours, ...] = ()
-    """How they are to be changed."""
+    """Of each view, how its colours are still to be changed; empty where they were, and after `to`."""
 
     @property
     def targets(self) -> int:
@@ -125,8 +127,9 @@ class ViewBatch(NamedTuple):
     def to(self, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> "ViewBatch":
         """Moves to the device, changes colours that are still to be, and normalises as ImageBatch does."""
         views = [view.to(device, non_blocking=True) for view in self.views]
-        for i, (kind, colours) in enumerate(zip(self.kinds, self.colours)):
-            changed = apply_colours(views[i].float().div_(255), colours, kernel_size(kind.size))
+        for i, colours in enumerate(self.colours):
+            kernel = kernel_size(views[i].shape[-1])
+            changed = apply_colours(views[i].float().div_(255), colours, kernel)
             views[i] = changed.mul_(255)
         return ViewBatch(
             views=tuple(normalise(view, mean, std) for view in views),

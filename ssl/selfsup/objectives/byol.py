@@ -1,7 +1,8 @@
 """BYOL (Grill et al. 2020, "Bootstrap Your Own Latent").
 
 An online network predicts, from one view of an image, how a target network sees the other view; the
-target is a moving average of the online one and gets no gradient. Faithful to deepmind-research/byol.
+target is a moving average of the online one and gets no gradient. Faithful to deepmind-research/byol,
+but for the initial weights of linear layers: torch's own.
 """
 
 import math

@@ -96,7 +96,8 @@ def main_representation(
     views; linear CKA between the two encoders.
 
     Args:
-        run: run or checkpoint folder; the views are drawn by its own augmentation.
+        run: run or checkpoint folder; the views are drawn by its own augmentation (the first of several
+            kinds of view).
         shards: images to take; default: the folder `test` beside the run's training shards.
         samples: most images taken, chosen at random but the same for every run.
         views: augmented views of an image, at least 2; LiDAR's paper takes 50.
@@ -232,8 +233,9 @@ class AugmentedViews(Dataset):
     def __init__(
         self, config: ImageData, index: ShardIndex, img_size: int, channels: int, views: int
     ) -> None:
-        self.kind, self.index, self.img_size, self.channels = config.kinds(img_size)[0], index, img_size, channels
-        self.views = range(1, views + 1)  # view 0 is training's
+        self.kind, self.index = config.kinds(img_size)[0], index
+        self.img_size, self.channels = img_size, channels
+        self.views = range(1, views + 1)  # view 0 is that of a run with one view of an image
         self.reader = ShardReader(index)
 
     def __getitems__(self, rows: Int64[np.ndarray, "b"]) -> UInt8[Tensor, "b q c s s"] | ValueError:

@@ -129,13 +129,14 @@ class OnlineMonitor:
         _, pairs = self._run(model, self._pairs)
         broken = _not_finite(torch.cat([features, embeddings], dim=1)) or _not_finite(pairs)
         if broken:
-            values = {"feature_nonfinite": float(broken)}
+            values, self.similarities = {"feature_nonfinite": float(broken)}, {}
         else:
             values = {"feature_std": feature_std(features), "rankme": rankme(features)}
             if projector is not None:
                 values |= {"embedding_std": feature_std(embeddings), "embedding_rankme": rankme(embeddings)}
             values |= self._compare(*pairs.chunk(2))
-            values["collapsed"] = float(collapsed(features) or collapsed(embeddings))
+            judged = [features] if projector is None else [features, embeddings]
+            values["collapsed"] = float(any(map(collapsed, judged)))
             if self.classifies:
                 bank = Features(features[: self.bank].numpy(), self._labels[: self.bank])
                 queries = Features(features[self.bank :].numpy(), self._labels[self.bank :])
@@ -178,10 +179,13 @@ def collapsed(features: Float32[Tensor, "n d"]) -> bool:
     The first by `feature_std`, the second by `rankme` once they are centred: a common mean, which RankMe
     counts as a direction, says nothing of an image. Runs collapsed on purpose end at 0.00 to 0.04 in
     std, young healthy ones lie above 0.09 (tests/probe/test_collapse.py); a good kNN accuracy of the
-    features says nothing of the embeddings, which collapse first.
+    features says nothing of the embeddings, which collapse first. Two rows, and numbers in one dimension,
+    lie on a line whatever they say: of them the first alone is asked.
     """
+    if feature_std(features) < COLLAPSED_STD:
+        return True
     centred = features.double() - features.double().mean(dim=0)
-    return feature_std(features) < COLLAPSED_STD or rankme(centred) < COLLAPSED_RANK
+    return min(len(features) - 1, features.shape[1]) > 1 and rankme(centred) < COLLAPSED_RANK
 
 
 def _not_finite(features: Tensor) -> int:
