@@ -77,7 +77,7 @@ class Ours(nn.Module):
 
     def after_step(self, done: int, steps: int) -> None:
         """Follows every optimizer step: `done` of `steps`."""
-        self.objective.after_step(done / steps)
+        self.objective.after_step((done - 1) / steps)  # as the loop: the share done before the step
 
 
 class LightlySimCLR(nn.Module):

@@ -59,8 +59,8 @@ class RunConfig(Section):
     histogram_every: Annotated[int, Field(ge=0)] = 0
     """Steps between histograms of weights and gradients in TensorBoard; 0: none."""
     monitor_every: Annotated[int, Field(ge=0)] = 1000
-    """Steps between measurements of the encoder on at most 1,500 training images: feature_std, rankme, knn.
-    On CIFAR-10 one costs as much as 9 steps; on several processes the others wait for the first. 0: none."""
+    """Steps between measurements on at most 1,500 training images: spread, rank, two views, knn, collapse. On
+    CIFAR-10 one costs as much as 8 to 17 steps of MAE; on several processes the others wait for the first. 0: none."""
     profile: str | None = None
     """FIRST:LAST: profile the steps after step FIRST up to step LAST, into RUN/profile; none: no profile."""
     expect_processes: Annotated[int, Field(ge=1)] | None = None

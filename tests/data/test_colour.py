@@ -151,7 +151,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(shape, monkeypatch):
     for i in range(60):
         alone = apply_colours(images[i : i + 1], Colours(*(field[i : i + 1] for field in colours)), 5)
         assert torch.equal(alone[0], together[i])
-    monkeypatch.setattr(colour, "_IN_CACHE", 7 * images[0].numel())
+    monkeypatch.setattr(colour, "IN_CACHE", 7 * images[0].numel())
     assert torch.equal(apply_colours(images, colours, 5), together)
 
 

@@ -113,6 +113,14 @@ def test_another_stem_is_refused_by_name(model):
         validate(TimmConfig, {"model": model, "stem": "cifar"})
 
 
+@pytest.mark.parametrize("model", ["levit_128s", "xcit_nano_12_p8_224"])
+def test_a_size_that_does_not_fit_is_one_line(model):
+    with pytest.raises(ValueError, match=rf"^img_size: timm's {model} does not take images of 36 px: .") as fault:
+        validate(TimmConfig, {"model": model, "img_size": 36})
+    assert "\n" not in str(fault.value)
+    assert validate(TimmConfig, {"model": model, "img_size": 64}).build()(torch.zeros(2, 3, 64, 64)).ndim == 2
+
+
 def test_a_recipe_names_the_whole_key():
     encoder = {"name": "timm", "model": "test_resnet", "img_size": 32, "stem": "cifar"}
     content = {"objective": {"name": "simclr"}, "data": {"views": "simclr-32"}, "encoder": encoder}

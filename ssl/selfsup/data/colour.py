@@ -18,7 +18,7 @@ OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 """What the numbers in `Colours.order` stand for."""
 
 _LUMA = (0.2989, 0.587, 0.114)
-_IN_CACHE = 2**20
+IN_CACHE = 2**20
 """Numbers that a CPU changes together: as many as stay in its cache."""
 _LEAST_WEIGHT = 2.0**-26
 """A weight below this, times a pixel, is lost in float32 beside the middle one: it counts as zero."""
@@ -41,6 +41,10 @@ class Colours(NamedTuple):
     """Of the blur, in pixels."""
     solarised: Bool[Tensor, "n"]
 
+    def part(self, rows: slice) -> "Colours":
+        """Those of some samples."""
+        return Colours(*(field[rows] for field in self))
+
 
 def kernel_size(size: int) -> int:
     """Pixels across the blur of a size x size image: a tenth of it, odd (224: 23), and at least 3."""
@@ -60,10 +64,10 @@ def apply_colours(
     out = images.clone()
     together = len(out)
     if images.device.type == "cpu":
-        together = max(1, _IN_CACHE // images[0].numel())
+        together = max(1, IN_CACHE // images[0].numel())
     for start in range(0, len(out), together):
         part = slice(start, start + together)
-        _apply(out[part], Colours(*(field[part] for field in colours)), kernel)
+        _apply(out[part], colours.part(part), kernel)
     return out
 
 
@@ -167,7 +171,8 @@ def turn_hue(images: Float32[Tensor, "n 3 h w"], shift: Float32[Tensor, "n 1 1 1
     y.sub_(red).sub_(largest).div_(scratch).add_(2)
     torch.sub(green, blue, out=scratch)
     y.view(torch.int32).bitwise_or_(scratch.view(torch.int32).bitwise_and_(-(2**31)))  # the sign bit
-    y.add_(6 * shift[:, 0])  # not alpha=6: torch would fuse it for whole vectors only, which threads cut elsewhere
+    # Not alpha=6, which torch rounds otherwise within a vector than beside it: threads cut elsewhere.
+    y.add_(6 * shift[:, 0])
     y.sub_(torch.mul(y, 1 / 6, out=scratch).round_(), alpha=6)
     torch.addcmul(largest, chroma, torch.abs(y, out=scratch).sub_(1).clamp_(0, 1), value=-1, out=red)
     torch.addcmul(smallest, chroma, torch.add(y, 1, out=scratch).abs_().sub_(1).clamp_(0, 1), out=green)

@@ -4,7 +4,7 @@ import atexit
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,6 +66,16 @@ class ImageData(Section):
     def _one_or_three(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if len(value) not in (1, 3):
             raise ValueError(f"expected 1 or 3 values, one a channel, got {len(value)}")
+        return value
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _no_mapping(cls, value: Any) -> Any:
+        if isinstance(value, dict):  # as --data.views.0.blur reads
+            raise ValueError(
+                f"expected the name of a preset, or a list of kinds of view, which only YAML can say: "
+                f"[{{blur: 0.5}}, {{}}]; got {value}"
+            )
         return value
 
     @field_validator("views")

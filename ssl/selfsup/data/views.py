@@ -12,7 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from selfsup.batch import normalise, pixels
 from selfsup.config import Section
 from selfsup.data.augment import crop_and_resize, crop_boxes, flips
-from selfsup.data.colour import OPERATIONS, Colours, apply_colours, kernel_size
+from selfsup.data.colour import IN_CACHE, OPERATIONS, Colours, apply_colours, kernel_size
 from selfsup.keyed import Purpose, uniform
 
 Positive = Annotated[float, Field(gt=0)]
@@ -210,7 +210,11 @@ def augment(
     cropped = crop(view, seed, epoch, position, images, size, number)
     if max(view.jitter, view.grey, view.blur, view.solarise) == 0:
         return cropped
-    colours = draw_colours(view, seed, epoch, position, number)
-    changed = apply_colours(cropped.float().div_(255), colours, kernel_size(size))
-    # NumPy's cast takes a quarter of the time of torch's.
-    return torch.from_numpy(changed.mul_(255).round_().numpy().astype(np.uint8))
+    colours, kernel = draw_colours(view, seed, epoch, position, number), kernel_size(size)
+    together = max(1, IN_CACHE // cropped[0].numel())
+    for start in range(0, len(cropped), together):  # not all at once: as floats they are four times as large
+        part = slice(start, start + together)
+        changed = apply_colours(cropped[part].float().div_(255), colours.part(part), kernel)
+        # NumPy's cast takes a quarter of the time of torch's.
+        cropped[part] = torch.from_numpy(changed.mul_(255).round_().numpy().astype(np.uint8))
+    return cropped

@@ -41,9 +41,16 @@ class TimmConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _check_stem(self) -> "TimmConfig":
+    def _check(self) -> "TimmConfig":
         if self.stem == "cifar":
             _skeleton(self)  # refuses what has another stem
+        try:
+            _counted(self)
+        except Exception as error:  # timm and torch raise anything for a size that does not fit
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"img_size: timm's {self.model} does not take images of {self.img_size} px: {message}"
+            ) from error
         return self
 
     @property
