@@ -133,10 +133,10 @@ class Recipe(Section):
         kinds, size = view_kinds(self.data.views), self.encoder.img_size
         sizes = [view.size or size for view in kinds]
         if sizes != [size] * wanted:
+            got = f"{len(sizes)} of {sorted(set(sizes))} px" if sizes else "none"
             raise ValueError(
-                f"data.views: expected {wanted} views of {size} px, which {name} compares, got "
-                f"{len(sizes) or 'none'}{f' of {sorted(set(sizes))} px' if sizes else ''}; set data.views to simclr, byol, or "
-                f"simclr-32 for images of 32 px"
+                f"data.views: expected {wanted} views of {size} px, which {name} compares, got {got}; set data.views "
+                f"to simclr, byol, or simclr-32 for images of 32 px"
             )
 
 

@@ -171,17 +171,20 @@ def seed_model(seed: int, step: int, micro: int) -> None:
 
 
 class StopSignal:
-    """Remembers SIGINT or SIGTERM until the loop can save; a second one leaves at once."""
+    """Remembers SIGINT or SIGTERM until the loop can save; a second one, after a second, leaves at once.
+    Sooner it is the same: `timeout` signals its child, and then the child's group."""
 
     def __init__(self) -> None:
-        self.requested = 0
+        self.requested, self._asked = 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            if time.monotonic() - self._asked < 1:
+                return
             raise SystemExit(128 + number)
-        self.requested = 1
+        self.requested, self._asked = 1, time.monotonic()
         start.say(f"{signal.Signals(number).name}: saving at the end of this step, then leaving")
 
 

@@ -146,6 +146,8 @@ def test_a_signal_saves_at_the_end_of_the_step(bench, number, ranks, workers):
     kill(
         pids[:1] if number == signal.SIGINT else pids, number
     )  # one rank's signal stops all of them together
+    if number == signal.SIGTERM:
+        kill(pids, number)  # as `timeout` does, which signals its child and then the child's group
     assert bench.server.wait(pids) == [INTERRUPTED] * ranks, log.read_text()
     outcome = json.loads((run / "outcome.json").read_text())
     assert outcome["state"] == "interrupted" and 2 <= outcome["step"] < 20
@@ -153,6 +155,18 @@ def test_a_signal_saves_at_the_end_of_the_step(bench, number, ranks, workers):
     assert f"{signal.Signals(number).name}: saving at the end of this step" in log.read_text()
     bench.resume(name, ranks)
     check_equal(bench, name, ranks)
+
+
+@pytest.mark.slow
+def test_a_second_signal_later_leaves_at_once(bench):
+    run = bench.folder / "impatient"
+    pids = bench.server.start(bench.arguments(run.name, 0), bench.folder / "log", delay=60)
+    wait_for(lambda: (run / "metrics.jsonl").exists())
+    time.sleep(0.5)
+    kill(pids, signal.SIGTERM)
+    time.sleep(1.2)
+    kill(pids, signal.SIGTERM)
+    assert bench.server.wait(pids) == [128 + signal.SIGTERM] and not (run / "outcome.json").exists()
 
 
 @pytest.mark.slow

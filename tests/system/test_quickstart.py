@@ -52,6 +52,8 @@ def test_it_does_what_it_says(clone, first):
     ):
         assert words in first
     folder = clone / "runs" / "mae-quickstart"
+    measured = [json.loads(line).get("collapsed") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert 0 in measured and 1 not in measured  # a healthy MAE run is not accused
     assert {p.name for p in (folder / "export" / "timm").iterdir()} == {
         "config.json",
         "model.safetensors",
