@@ -40,6 +40,20 @@ def make_shards(folder: Path, samples: int = 83, per_shard: int = 30) -> Path:
     return folder
 
 
+def state_of(recipe: Recipe, seed: int, steps: int = 2) -> TrainState:
+    """A run after some steps along random gradients: its weights and its optimizer."""
+    torch.manual_seed(seed)
+    objective = recipe.objective.build(recipe.encoder)
+    optimizer = build_optimizer(recipe.optim, objective)
+    for _ in range(steps):
+        for p in objective.parameters():
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        optimizer.step()
+    return TrainState(
+        objective, optimizer, None, recipe, steps, steps * 256, {"index_fingerprint": "f", "order_version": 1}
+    )
+
+
 def save_untrained(folder: Path, content: dict, noise: float, facts: dict, step: int) -> Path:
     """A run folder as training leaves it, without the training: initial weights plus `noise`, running
     statistics too; their average, where the recipe keeps one, without it."""

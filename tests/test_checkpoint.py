@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import joint
+from running import state_of
 from selfsup import checkpoint
 from selfsup.checkpoint import TrainState, find_checkpoint, init_from, load_encoder, restore, save_checkpoint
 from selfsup.config import validate
 from selfsup.ema import Ema
-from selfsup.optim import build_optimizer
 from selfsup.recipe import Recipe
 
 CONTENT = {
@@ -27,19 +27,6 @@ CONTENT = {
     "data": {"shards": "d"},
     "run": {"dir": "r"},
 }
-
-
-def state_of(recipe: Recipe, seed: int, steps: int = 2) -> TrainState:
-    torch.manual_seed(seed)
-    objective = recipe.objective.build(recipe.encoder)
-    optimizer = build_optimizer(recipe.optim, objective)
-    for _ in range(steps):
-        for p in objective.parameters():
-            p.grad = torch.randn_like(p) if p.requires_grad else None
-        optimizer.step()
-    return TrainState(
-        objective, optimizer, None, recipe, steps, steps * 256, {"index_fingerprint": "f", "order_version": 1}
-    )
 
 
 def flat(state: TrainState) -> dict:

@@ -8,8 +8,9 @@ import timm.optim
 import torch
 from safetensors.torch import load, save
 
+from running import state_of
 from selfsup import lars
-from selfsup.checkpoint import TrainState, optimizer_from_names, optimizer_to_names, restore, save_checkpoint
+from selfsup.checkpoint import optimizer_from_names, optimizer_to_names, restore, save_checkpoint
 from selfsup.config import validate
 from selfsup.lars import Lars
 from selfsup.optim import LarsConfig, build_optimizer
@@ -238,19 +239,8 @@ def test_a_resumed_run_is_bitwise_the_same():
 
 def test_a_checkpoint_holds_it(tmp_path):
     recipe = validate(Recipe, RECIPE)
-
-    def state(seed: int, taken: int) -> TrainState:
-        torch.manual_seed(seed)
-        objective = recipe.objective.build(recipe.encoder)
-        optimizer = build_optimizer(recipe.optim, objective)
-        for _ in range(taken):
-            for p in objective.parameters():
-                p.grad = torch.randn_like(p) if p.requires_grad else None
-            optimizer.step()
-        return TrainState(objective, optimizer, None, recipe, taken, taken * 256, {})
-
-    saved = state(0, 2)
-    restored = restore(save_checkpoint(tmp_path, saved), state(1, 0))
+    saved = state_of(recipe, 0)
+    restored = restore(save_checkpoint(tmp_path, saved), state_of(recipe, 1, steps=0))
     ours, theirs = optimizer_to_names(saved.optimizer), optimizer_to_names(restored.optimizer)
     assert ours[1] == theirs[1] and ours[0].keys() == theirs[0].keys()
     assert all(torch.equal(ours[0][key], theirs[0][key]) for key in ours[0]) and ours[0]

@@ -27,7 +27,7 @@ from selfsup.memory import keep_freed_memory
 from selfsup.objectives.base import Objective
 from selfsup.optim import build_optimizer
 from selfsup.profiling import StepProfiler, parse_range
-from selfsup.recipe import Recipe
+from selfsup.recipe import Recipe, RunConfig
 from selfsup.run_folder import git_revision
 
 
@@ -43,7 +43,7 @@ def accelerator(recipe: Recipe) -> Accelerator:
     run, precision = recipe.run, recipe.precision
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: expected a CUDA device, found none; use --run.device cpu")
-    on_cpu = run.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = runs_on_cpu(run)
     if on_cpu and precision.mixed == "fp16":
         raise ValueError("precision.mixed: fp16 needs a CUDA device; use bf16 or fp32 on a CPU")
     if on_cpu:
@@ -69,6 +69,11 @@ def accelerator(recipe: Recipe) -> Accelerator:
             f"change --run.expect-processes"
         )
     return result
+
+
+def runs_on_cpu(run: RunConfig) -> bool:
+    """Where the run computes, as far as recipe and machine say."""
+    return run.device == "cpu" or not torch.cuda.is_available()
 
 
 def check_accelerator(result: Accelerator, on_cpu: bool) -> None:
@@ -166,8 +171,8 @@ def open_batches(
 ) -> Generator[ImageBatch | ViewBatch, None, None]:
     """This rank's endless micro-batches from the state's cursor on."""
     vit, data, workers = recipe.encoder, recipe.data, recipe.run.workers
-    on_cuda = recipe.run.device != "cpu" and torch.cuda.is_available()
-    on_device = recipe.run.augment == "device" or (recipe.run.augment == "auto" and on_cuda)
+    route = recipe.run.augment
+    on_device = route == "device" or (route == "auto" and not runs_on_cpu(recipe.run))
     if index is None:
         say(BROKEN_PROMISES)
         # The stream cannot be entered in the middle; another seed at least gives another order.

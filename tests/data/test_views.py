@@ -13,6 +13,7 @@ from selfsup import start
 from selfsup.batch import ImageBatch
 from selfsup.checkpoint import TrainState
 from selfsup.config import dump_yaml, parse_overrides, read_yaml, validate
+from selfsup.data import colour as colour_module
 from selfsup.data import images as images_module
 from selfsup.data import views as views_module
 from selfsup.data.colour import Colours, kernel_size
@@ -171,7 +172,7 @@ def test_few_images_at_a_time_are_floats(monkeypatch):
     (epoch, position), sizes = keys(20), []
     whole = augment(STRONG, 4, epoch, position, photographs(20), 16)
     original = views_module.apply_colours
-    monkeypatch.setattr(views_module, "IN_CACHE", 7 * 3 * 16 * 16)
+    monkeypatch.setattr(colour_module, "IN_CACHE", 7 * 3 * 16 * 16)
     monkeypatch.setattr(views_module, "apply_colours", lambda *a: sizes.append(len(a[0])) or original(*a))
     assert torch.equal(augment(STRONG, 4, epoch, position, photographs(20), 16), whole)
     assert sizes == [7, 7, 6]

@@ -7,11 +7,11 @@ product or a convolution: float32_matmul_precision and cuDNN's TF32 must not rea
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int64, Num
 from torch import Tensor
 
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
@@ -62,13 +62,16 @@ def apply_colours(
     assert kernel % 2 == 1 and kernel // 2 < min(images.shape[2:]), (kernel, images.shape)
     assert colours.order.device.type == "cpu", "index lists are made on the host: the device need not wait"
     out = images.clone()
-    together = len(out)
-    if images.device.type == "cpu":
-        together = max(1, IN_CACHE // images[0].numel())
-    for start in range(0, len(out), together):
-        part = slice(start, start + together)
+    for part in parts(out):
         _apply(out[part], colours.part(part), kernel)
     return out
+
+
+def parts(images: Num[Tensor, "n c h w"]) -> Iterator[slice]:
+    """The images in parts that stay in a CPU's cache; elsewhere all at once."""
+    together = max(1, IN_CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
+    for start in range(0, len(images), together):
+        yield slice(start, start + together)
 
 
 class _Change(NamedTuple):

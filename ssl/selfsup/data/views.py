@@ -1,6 +1,6 @@
 """Several random views of each image: their config, their parameters, the batch that carries them."""
 
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +12,11 @@ from tyro.constructors import PrimitiveConstructorSpec
 from selfsup.batch import normalise, pixels
 from selfsup.config import Section
 from selfsup.data.augment import crop_and_resize, crop_boxes, flips
-from selfsup.data.colour import IN_CACHE, OPERATIONS, Colours, apply_colours, kernel_size
+from selfsup.data.colour import OPERATIONS, Colours, apply_colours, kernel_size, parts
 from selfsup.keyed import Purpose, uniform
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Pair = TypeVar("Pair", bound=tuple[float, float])
 
 
 class View(Section):
@@ -211,9 +210,7 @@ def augment(
     if max(view.jitter, view.grey, view.blur, view.solarise) == 0:
         return cropped
     colours, kernel = draw_colours(view, seed, epoch, position, number), kernel_size(size)
-    together = max(1, IN_CACHE // cropped[0].numel())
-    for start in range(0, len(cropped), together):  # not all at once: as floats they are four times as large
-        part = slice(start, start + together)
+    for part in parts(cropped):  # not all at once: as floats they are four times as large
         changed = apply_colours(cropped[part].float().div_(255), colours.part(part), kernel)
         # NumPy's cast takes a quarter of the time of torch's.
         cropped[part] = torch.from_numpy(changed.mul_(255).round_().numpy().astype(np.uint8))

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfsup.checkpoint import Weights, load_encoder
 from selfsup.encoders import Encoder, EncoderConfig
-from selfsup.encoders.timm import TimmConfig, TimmEncoder, wants_size
+from selfsup.encoders.timm import TimmConfig, TimmEncoder, replace_stem, wants_size
 from selfsup.encoders.vit import ViTConfig
 from selfsup.export.card import ENCODER, Usage, example_input, model_card
 from selfsup.export.names import float_weights
@@ -165,16 +165,15 @@ def _vit(encoder: ViTConfig) -> dict[str, Any]:
 
 
 def cifar_model(folder: Path) -> Any:
-    """The ResNet of a folder exported with `stem: cifar`, as its card builds it, in eval mode.
+    """The ResNet of a folder exported with `stem: cifar`, in eval mode; its card builds the same by hand.
 
-    Raises what timm and torch raise for a folder that is none: RuntimeError for weights that do not fit.
+    Raises what timm and torch raise for a folder that is none (RuntimeError for weights that do not fit),
+    and ValueError for an architecture without that stem.
     """
     import timm
 
     model = timm.create_model(f"local-dir:{folder}")
-    old = model.conv1
-    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
+    replace_stem(model, str(folder))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from selfsup.checkpoint import Weights, load_encoder
 from selfsup.encoders import Encoder, EncoderConfig
 from selfsup.encoders.timm import TimmConfig, TimmEncoder
-from selfsup.encoders.vit import ViT
 from selfsup.export.card import ENCODER, Usage, example_input, model_card
 from selfsup.export.names import float_weights, rename, with_qkv_bias
 from selfsup.export.verify import (
@@ -134,30 +133,22 @@ def verify(folder: Path, encoder: Encoder) -> tuple[Check, ...]:
     def ours(encoder: Any, images: Tensor) -> Outputs:
         return (encoder(images),)
 
-    reloaded = _reload_vit(folder) if isinstance(encoder, ViT) else _reload_resnet(folder)
-    return compare(folder, encoder, ours, [reloaded], example_images(encoder.config))
+    return compare(folder, encoder, ours, [_reload(folder)], example_images(encoder.config))
 
 
-def _reload_resnet(folder: Path) -> Reloaded:
-    import torchvision
-
-    library = f"torchvision {torchvision.__version__}"
-    name = json.loads((folder / "config.json").read_text())["model"]
-    module = reload_in(folder, library, getattr(torchvision.models, name))
-    module.fc = nn.Identity()
-    load_strictly(folder, library, load_file(folder / "model.safetensors"), module)
-    return Reloaded(library, module, lambda module, images: (module(images),))
-
-
-def _reload_vit(folder: Path) -> Reloaded:
+def _reload(folder: Path) -> Reloaded:
     import torchvision
 
     library = f"torchvision {torchvision.__version__}"
     config = json.loads((folder / "config.json").read_text())
-    norm_layer = partial(nn.LayerNorm, eps=config["layer_norm_eps"])
-    build = partial(torchvision.models.VisionTransformer, **config["arguments"], norm_layer=norm_layer)
+    if "model" in config:
+        build, head = getattr(torchvision.models, config["model"]), "fc"
+    else:
+        norm_layer = partial(nn.LayerNorm, eps=config["layer_norm_eps"])
+        build = partial(torchvision.models.VisionTransformer, **config["arguments"], norm_layer=norm_layer)
+        head = "heads"
     module = reload_in(folder, library, build)
-    module.heads = nn.Identity()
+    setattr(module, head, nn.Identity())
     load_strictly(folder, library, load_file(folder / "model.safetensors"), module)
     return Reloaded(library, module, lambda module, images: (module(images),))
 
