@@ -25,10 +25,12 @@ FLOORS = {
     "recipe": 6,
     "checkpoint": 7,
     "conformance": 9,
-    "run_folder": 8, "export": 8,
-    "probe": 9, "start": 9, "look": 9, "doctor": 9,
-    "train": 10,
-    "cli": 11,
+    "run_folder": 8, "export": 8, "text": 8,
+    "probe": 9, "look": 9, "doctor": 9,
+    "start": 10,
+    "dry_run": 11,
+    "train": 12,
+    "cli": 13,
 }  # fmt: skip
 ONLY_IN = {
     "accelerate": {"start", "train", "checkpoint"},

@@ -42,6 +42,44 @@ class ImageBatch(NamedTuple):
         return pixels(self.images[:most], mean, std)
 
 
+class TextBatch(NamedTuple):
+    """A micro-batch of token rows and what is to be predicted in them."""
+
+    tokens: Tensor
+    """(b, l) int64: what the model reads, masks applied."""
+    labels: Tensor
+    """(t,) int64: the tokens to predict."""
+    where: Tensor | None
+    """(t,) int64: their places in `tokens.flatten()`, ascending; None: every place in order, t = b * l."""
+    document_ids: Tensor | None
+    """(b, l) int64: number of the document within its row, -1 for padding; a token sees its own number only.
+    None: all tokens of a row see one another."""
+    positions: Tensor | None
+    """(b, l) int64: place in the token's own document; None: 0 .. l - 1."""
+    token_types: Tensor | None
+    """(b, l) int64: 0 in the first segment, 1 in the second; None: all 0."""
+    random_next: Tensor | None
+    """(b,) int64: 1 where the second segment is of another document; None where there are no segments."""
+    global_batch: int
+    """Samples in the global batch that this is a part of."""
+    seed: int
+    epoch: Tensor
+    """(b,) int64."""
+    position: Tensor
+    """(b,) int64: place in the epoch's order."""
+    index: Tensor
+    """(b,) int64: number of the row."""
+
+    @property
+    def targets(self) -> int:
+        """The number of loss terms: tokens to predict."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "TextBatch":
+        """The same on the device."""
+        return TextBatch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in self))
+
+
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(b, c, h, w) in 0..255 (uint8 or float) -> torch's default float type, (x / 255 - mean) / std per channel.
 

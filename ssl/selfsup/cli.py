@@ -15,11 +15,16 @@ usage: selfsup COMMAND ...
   probe attentive RUN [RUN ...]      an attentive probe of the patch tokens
   probe finetune RUN [RUN ...]       fine-tune the whole encoder; --scratch: from random weights
   probe fewshot RUN [RUN ...]        a few labelled images a class, over several draws
+  probe text RUN [RUN ...]           logistic regression on features of documents, beside TF-IDF
+  probe text-finetune RUN [RUN ...]  fine-tune the whole encoder of text; --scratch: from random weights
+  probe perplexity RUN               perplexity and bits per byte; pseudo-perplexity of a masked model
   probe show FILE [FILE ...]         results of RUN/probe in one table
   probe representation RUN           no labels: RankMe, alpha-ReQ, alignment, uniformity, LiDAR, CKA
   export RUN                         for timm, transformers, torchvision, facebookresearch/mae; verified
   embed SOURCE SHARDS --out FILE     features with sample keys, to .npz or .safetensors
   look RUN                           attention maps, reconstructions, views, neighbours, projector
+  generate RUN                       text from a causal model; --prompt, --temperature, --top-k, --top-p
+  fill RUN [TEXT ...]                a masked model's guesses for each [MASK]; without TEXT: graded
   doctor                             check libraries, devices, folders, shards
 
   attention check TARGET             put an attention kernel through the conformance suite
@@ -27,9 +32,11 @@ usage: selfsup COMMAND ...
   attention mutants                  plant bugs in a kernel and see them caught
   attention explain LENGTH           which kernel `attention: auto` takes, and why
 
-  data pack FOLDER DEST              a folder of images into WebDataset shards with an index
+  data pack SOURCE DEST              images or text into WebDataset shards with an index; python-docs
   data index SHARDS                  build the index of shards made elsewhere
-  data check SHARDS                  verify every shard, checksum and image
+  data check SHARDS                  verify every shard, checksum, image and text
+  data tokenizer SHARDS FILE         learn a tokenizer from text shards: wordpiece, bpe or char
+  data tokenize SHARDS DEST          text shards into token shards; --tokenizer FILE
   data show SHARDS                   one HTML page: statistics, random samples, training views
 
 selfsup COMMAND --help tells more."""
@@ -64,6 +71,18 @@ def main() -> int:
                 from selfsup.probe.fewshot import main_fewshot
 
                 return _call(main_fewshot, "selfsup probe fewshot", rest)
+            case ["probe", "text", *rest]:
+                from selfsup.probe.text import main_text
+
+                return _call(main_text, "selfsup probe text", rest)
+            case ["probe", "text-finetune", *rest]:
+                from selfsup.probe.text_finetune import main_text_finetune
+
+                return _call(main_text_finetune, "selfsup probe text-finetune", rest)
+            case ["probe", "perplexity", *rest]:
+                from selfsup.probe.perplexity import main_perplexity
+
+                return _call(main_perplexity, "selfsup probe perplexity", rest)
             case ["probe", "show", *rest]:
                 from selfsup.probe.report import main_show
 
@@ -80,10 +99,26 @@ def main() -> int:
                 from selfsup.probe.embed import main_embed
 
                 return _call(main_embed, "selfsup embed", rest)
+            case ["generate", *rest]:
+                from selfsup.text.generate import main_generate
+
+                return _call(main_generate, "selfsup generate", rest)
+            case ["fill", *rest]:
+                from selfsup.text.fill import main_fill
+
+                return _call(main_fill, "selfsup fill", rest)
             case ["data", "pack", *rest]:
-                from selfsup.data.pack import main_pack
+                from selfsup.data.command import main_pack
 
                 return _call(main_pack, "selfsup data pack", rest)
+            case ["data", "tokenizer", *rest]:
+                from selfsup.data.command import main_tokenizer
+
+                return _call(main_tokenizer, "selfsup data tokenizer", rest)
+            case ["data", "tokenize", *rest]:
+                from selfsup.data.command import main_tokenize
+
+                return _call(main_tokenize, "selfsup data tokenize", rest)
             case ["data", "index", *rest]:
                 from selfsup.data.index import main_index
 

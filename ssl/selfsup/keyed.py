@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     WINDOW = 4
     MODEL = 5
     COLOUR = 6
+    TEXT = 7
 
 
 def philox4x32(

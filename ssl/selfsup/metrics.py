@@ -66,6 +66,11 @@ class MetricsLog:
         for name, picture in pictures.items():
             self._board.add_image(name, picture, step)
 
+    def texts(self, step: int, texts: dict[str, str]) -> None:
+        """Markdown into TensorBoard."""
+        for name, text in texts.items():
+            self._board.add_text(name, text, step)
+
     def distributions(self, step: int, values: dict[str, Tensor]) -> None:
         """Histograms of named numbers into TensorBoard."""
         for name, numbers in values.items():
@@ -95,7 +100,7 @@ class MetricsLog:
         self._board.close()
 
 
-_SHOWN = ("loss", "lr", "images_per_s", "data_wait", "mfu")
+_SHOWN = ("loss", "lr", "images_per_s", "tokens_per_s", "data_wait", "mfu")
 _SPREAD = ("feature_std", "rankme", "embedding_std", "embedding_rankme")
 
 
@@ -128,14 +133,18 @@ class StepClock:
         """One step done."""
         self._steps += 1
 
-    def read(self, samples_per_step: int, flops_per_sample: float, peak: float | None) -> dict[str, float]:
-        """images_per_s, data_wait (share of wall time), and mfu where `peak` (FLOP/s, all devices) is known.
+    def read(
+        self, samples_per_step: int, unit: tuple[str, int], flops_per_sample: float, peak: float | None
+    ) -> dict[str, float]:
+        """images_per_s or tokens_per_s, data_wait (share of wall time), and mfu where `peak` (FLOP/s, all
+        devices) is known.
 
-        Covers the time since the last call, then starts anew.
+        unit: what is counted, and how many of them a sample is. Covers the time since the last call, then
+        starts anew.
         """
         elapsed = time.perf_counter() - self._start
         rate = self._steps * samples_per_step / elapsed
-        values = {"images_per_s": rate, "data_wait": self._waited / elapsed}
+        values = {f"{unit[0]}_per_s": rate * unit[1], "data_wait": self._waited / elapsed}
         if peak is not None:
             values["mfu"] = rate * flops_per_sample / peak
         self.__init__()

@@ -7,10 +7,12 @@ from pydantic import Field, field_validator, model_validator
 
 from selfsup.config import Section, merge, parse_overrides, read_yaml, validate
 from selfsup.data.images import ImageData
+from selfsup.data.text import TextData
 from selfsup.data.views import view_kinds
-from selfsup.encoders import EncoderConfig
+from selfsup.encoders import AnyEncoderConfig
+from selfsup.encoders.text import TextConfig
 from selfsup.encoders.vit import ViTConfig
-from selfsup.objectives import MAEConfig, ObjectiveConfig
+from selfsup.objectives import CLMConfig, MAEConfig, MLMConfig, ObjectiveConfig
 from selfsup.optim import AdamWConfig, AnyOptimConfig
 from selfsup.profiling import parse_range
 
@@ -79,43 +81,52 @@ class RunConfig(Section):
         return value
 
 
+AnyData = Annotated[ImageData | TextData, Field(discriminator="name")]
+
+_TEXT = {config.model_fields["name"].default for config in (MLMConfig, CLMConfig)}
+"""Objectives that read text: they decide which encoder and data a recipe means that names none."""
+
+
 class Recipe(Section):
     """A pretraining run. Only `run` may differ between two runs with the same result."""
 
     objective: ObjectiveConfig = Field(default_factory=MAEConfig)
-    encoder: EncoderConfig = Field(default_factory=ViTConfig)
-    data: ImageData
+    encoder: AnyEncoderConfig = Field(default_factory=ViTConfig)
+    data: AnyData
     optim: AnyOptimConfig = Field(default_factory=AdamWConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Keys the order of the data, every random number on it, and the initial weights."""
     run: RunConfig
 
-    @field_validator("objective", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _mae_unless_named(cls, value: Any) -> Any:
-        return {"name": "mae", **value} if isinstance(value, dict) else value
-
-    @field_validator("encoder", mode="before")
-    @classmethod
-    def _vit_unless_named(cls, value: Any) -> Any:
-        return {"name": "vit", **value} if isinstance(value, dict) else value
-
-    @field_validator("optim", mode="before")
-    @classmethod
-    def _adamw_unless_named(cls, value: Any) -> Any:
-        return {"name": "adamw", **value} if isinstance(value, dict) else value
+    def _names(cls, content: Any) -> Any:
+        """What a section without a name is: mae, adamw, and what its objective reads."""
+        if not isinstance(content, dict):
+            return content
+        objective = content.get("objective", {})
+        text = isinstance(objective, dict) and objective.get("name") in _TEXT
+        kinds = ("text", "text") if text else ("vit", "images")
+        names = dict(zip(("objective", "encoder", "data", "optim"), ("mae", *kinds, "adamw")))
+        named = {k: {"name": name, **content[k]} for k, name in names.items() if isinstance(content.get(k), dict)}
+        if text and "encoder" not in content:
+            named["encoder"] = {"name": "text"}
+        return {**content, **named}
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        self.objective.check(self.encoder)
-        self._check_views()
-        for name, values in (("mean", self.data.mean), ("std", self.data.std)):
-            if len(values) != self.encoder.in_chans:
+        reads = self.objective.reads
+        for key, section, got in (("encoder", self.encoder, self.encoder.reads), ("data", self.data, self.data.name)):
+            if got != reads:
                 raise ValueError(
-                    f"data.{name}: expected {self.encoder.in_chans} values, one per encoder.in_chans, "
-                    f"got {len(values)}"
+                    f"{key}.name: expected one for {reads}, which {self.objective.name} reads, got {section.name}"
                 )
+        self.objective.check(self.encoder)
+        if isinstance(self.data, TextData):
+            self._check_text(self.data)
+        else:
+            self._check_images(self.data)
         last = 0 if self.run.profile is None else parse_range(self.run.profile).stop
         if last > self.optim.steps:
             raise ValueError(
@@ -123,14 +134,33 @@ class Recipe(Section):
             )
         return self
 
-    def _check_views(self) -> None:
-        """The objective gets as many views of an image as it compares, of the size that the encoder takes."""
+    def _check_text(self, data: TextData) -> None:
+        """Rows are built as the objective predicts them."""
+        if isinstance(self.objective, MLMConfig):
+            pairs, wanted = data.packing == "pairs", self.objective.next_sentence
+            if pairs != wanted:
+                raise ValueError(
+                    f"data.packing: pairs and objective.next_sentence: true go together, got {data.packing} and "
+                    f"{str(wanted).lower()}"
+                )
+        elif data.packing == "pairs":
+            raise ValueError(f"data.packing: pairs are for mlm, got objective.name {self.objective.name}")
+
+    def _check_images(self, data: ImageData) -> None:
+        """As many views of an image as the objective compares, of the size and channels that the encoder takes."""
+        assert not isinstance(self.encoder, TextConfig)
+        for name, values in (("mean", data.mean), ("std", data.std)):
+            if len(values) != self.encoder.in_chans:
+                raise ValueError(
+                    f"data.{name}: expected {self.encoder.in_chans} values, one per encoder.in_chans, "
+                    f"got {len(values)}"
+                )
         name, wanted = self.objective.name, self.objective.views
-        if wanted == 1 and self.data.views != "none":
+        if wanted == 1 and data.views != "none":
             raise ValueError(f"data.views: expected none, {name} takes one view of an image; remove it")
         if wanted == 1:
             return
-        kinds, size = view_kinds(self.data.views), self.encoder.img_size
+        kinds, size = view_kinds(data.views), self.encoder.img_size
         sizes = [view.size or size for view in kinds]
         if sizes != [size] * wanted:
             got = f"{len(sizes)} of {sorted(set(sizes))} px" if sizes else "none"
@@ -138,6 +168,12 @@ class Recipe(Section):
                 f"data.views: expected {wanted} views of {size} px, which {name} compares, got {got}; set data.views "
                 f"to simclr, byol, or simclr-32 for images of 32 px"
             )
+
+
+    @property
+    def throughput(self) -> tuple[str, int]:
+        """What speed is counted in, and how many of them a sample is."""
+        return ("tokens", self.encoder.max_length) if isinstance(self.encoder, TextConfig) else ("images", 1)
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

@@ -9,23 +9,28 @@ from typing import Any
 import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor
 
 from selfsup import checkpoint, dist
-from selfsup.batch import ImageBatch
+from selfsup.batch import ImageBatch, TextBatch
 from selfsup.checkpoint import TrainState
-from selfsup.config import dump_yaml, merge, read_yaml, validate
+from selfsup.config import merge, read_yaml, validate
 from selfsup.data.images import train_batches
 from selfsup.data.index import ShardIndex, check_shards, open_shards
 from selfsup.data.order import ORDER_VERSION, BatchPlan
+from selfsup.data.rows import Rows, open_rows
 from selfsup.data.sequential import BROKEN_PROMISES, sequential_batches
+from selfsup.data.text import TextData, train_text
+from selfsup.data.tokenizer import TOKENIZER_NAME
+from selfsup.data.tokens import TokenIndex, check_tokens
 from selfsup.data.views import ViewBatch
+from selfsup.durable import write_atomically
 from selfsup.encoders import has_batch_norm
 from selfsup.layers.batch_norm import synchronise
 from selfsup.layers.block import Block
+from selfsup.look.pictures import grid
 from selfsup.memory import keep_freed_memory
+from selfsup.metrics import MetricsLog
 from selfsup.objectives.base import Objective
-from selfsup.optim import build_optimizer
 from selfsup.profiling import StepProfiler, parse_range
 from selfsup.recipe import Recipe, RunConfig
 from selfsup.run_folder import git_revision
@@ -135,8 +140,25 @@ def batch_plan(recipe: Recipe) -> BatchPlan:
     return plan
 
 
-def open_index(recipe: Recipe) -> ShardIndex | None:
-    """The verified index, or None for `data.index: none`. Shards newer than it are hashed again."""
+def open_data(recipe: Recipe) -> ShardIndex | Rows | None:
+    """The verified index of images, or None for `data.index: none`; of text, its rows.
+
+    Shards newer than their index are hashed again. Raises ValueError for a tokenizer of another size
+    than the encoder's vocabulary.
+    """
+    if isinstance(recipe.data, TextData):
+        objective, encoder = recipe.objective, recipe.encoder
+        rows = dist.together(
+            open_rows, recipe.data, encoder.max_length, objective.wrap, objective.next_token
+        )
+        if isinstance(rows.source, TokenIndex):
+            dist.on_first_rank(check_tokens, rows.source, all=False)
+        if rows.vocab_size != encoder.vocab_size:
+            raise ValueError(
+                f"encoder.vocab_size: expected {rows.vocab_size}, the tokenizer's of {recipe.data.shards}, got "
+                f"{encoder.vocab_size}"
+            )
+        return rows
     if recipe.data.index == "none":
         return None
     index = dist.together(open_shards, recipe.data.shards)
@@ -144,10 +166,12 @@ def open_index(recipe: Recipe) -> ShardIndex | None:
     return index
 
 
-def data_facts(index: ShardIndex | None) -> dict[str, Any]:
+def data_facts(data: ShardIndex | Rows | None) -> dict[str, Any]:
     """What a checkpoint must agree with the data on, and where its code came from."""
+    tokenizer = {"tokenizer_sha256": data.tokenizer.sha256} if isinstance(data, Rows) else {}
     return {
-        "index_fingerprint": None if index is None else index.fingerprint,
+        "index_fingerprint": None if data is None else data.fingerprint,
+        **tokenizer,
         "order_version": ORDER_VERSION,
         "git_revision": git_revision(),
     }
@@ -166,11 +190,20 @@ def resume(source: Path, state: TrainState) -> TrainState:
     return restored._replace(facts=state.facts)
 
 
+def keep_tokenizer(run_dir: Path, data: ShardIndex | Rows | None) -> None:
+    """A text run keeps its tokenizer: generation, probes and exports need no more than the run folder."""
+    if isinstance(data, Rows):
+        write_atomically(run_dir / TOKENIZER_NAME, data.tokenizer.json.encode())
+
+
 def open_batches(
-    recipe: Recipe, index: ShardIndex | None, plan: BatchPlan, state: TrainState
-) -> Generator[ImageBatch | ViewBatch, None, None]:
+    recipe: Recipe, index: ShardIndex | Rows | None, plan: BatchPlan, state: TrainState
+) -> Generator[ImageBatch | ViewBatch | TextBatch, None, None]:
     """This rank's endless micro-batches from the state's cursor on."""
     vit, data, workers = recipe.encoder, recipe.data, recipe.run.workers
+    if isinstance(index, Rows):
+        masking = recipe.objective.masking(recipe.optim.steps)
+        return train_text(data, index, recipe.seed, plan, state.samples, workers, masking)
     route = recipe.run.augment
     on_device = route == "device" or (route == "auto" and not runs_on_cpu(recipe.run))
     if index is None:
@@ -182,6 +215,27 @@ def open_batches(
     return train_batches(
         data, index, recipe.seed, vit.img_size, vit.in_chans, plan, cursor, workers, on_device
     )
+
+
+def show(
+    log: MetricsLog,
+    step: int,
+    recipe: Recipe,
+    objective: Objective,
+    batch: ImageBatch | ViewBatch | TextBatch,
+    data: ShardIndex | Rows | None,
+) -> None:
+    """What the model was given and makes of it, into TensorBoard; at the last step a text run also prints it."""
+    if isinstance(batch, TextBatch):
+        assert isinstance(data, Rows)
+        text = objective.shown(batch, data.tokenizer)
+        log.texts(step, {"predictions": "\n".join(f"    {line}" for line in text.splitlines())})
+        if step == recipe.optim.steps:
+            say(text)
+        return
+    mean, std = recipe.data.mean, recipe.data.std
+    views = {"training views": grid(batch.shown(mean, std), 8)}
+    log.pictures(step, {**views, **objective.pictures(batch, mean, std)})
 
 
 def profiler(recipe: Recipe, step: int) -> StepProfiler | None:
@@ -196,12 +250,13 @@ def profiler(recipe: Recipe, step: int) -> StepProfiler | None:
 
 
 def summarise(
-    recipe: Recipe, plan: BatchPlan, index: ShardIndex | None, state: TrainState, device: torch.device
+    recipe: Recipe, plan: BatchPlan, data: ShardIndex | Rows | None, state: TrainState, device: torch.device
 ) -> None:
     """A few lines about the run that begins."""
     parameters = sum(p.numel() for p in state.objective.parameters() if p.requires_grad)
     samples = recipe.optim.steps * recipe.optim.batch_size
-    extent = "" if index is None else f", {samples / len(index):.1f} epochs of {len(index)} images"
+    kind = "rows" if isinstance(data, Rows) else "images"
+    extent = "" if data is None else f", {samples / len(data):.1f} epochs of {len(data)} {kind}"
     say(
         f"run        {recipe.run.dir}",
         f"objective  {recipe.objective.name}, {parameters / 1e6:.2f} M trainable parameters",
@@ -211,51 +266,13 @@ def summarise(
         f"x {plan.micro_batch}",
         f"steps      {state.step} to {recipe.optim.steps}{extent}",
     )
+    if isinstance(data, Rows):
+        say(f"rows       {data.describe()}")
     if plan.accumulation > 1 and has_batch_norm(state.objective):
         say(
             f"batch norm its statistics are of {plan.micro_batch * plan.world} images, those of one micro-batch over "
             f"all processes: another run.micro_batch gives another gradient"
         )
-
-
-def dry_run(recipe: Recipe) -> None:
-    """Prints the resolved config, sizes and costs, and takes one micro-batch forward and backward."""
-    device = accelerator(recipe).device
-    plan, index = batch_plan(recipe), open_index(recipe)
-    objective = build_objective(recipe, device)
-    optimizer = build_optimizer(recipe.optim, objective)
-    state = TrainState(objective, optimizer, None, recipe, 0, 0, {})
-    batches = open_batches(recipe, index, plan, state)
-    batch = next(batches).to(device, recipe.data.mean, recipe.data.std)
-    batches.close()
-    saved: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in objective.parameters()}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision.mixed]
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = objective(batch, float(batch.targets)).loss
-    loss.backward()
-    parameters = [p.numel() for p in objective.parameters()]
-    trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    copies = 1 if recipe.optim.ema is None else 2
-    per_trainable = 1 + recipe.optim.moments  # its gradient, and what the optimizer keeps
-    state_bytes = 4 * copies * sum(parameters) + 4 * per_trainable * trainable
-    say(dump_yaml(recipe))
-    summarise(recipe, plan, index, state, device)
-    say(
-        f"FLOPs      {objective.flops_per_sample() * plan.global_batch:.3g} per step, "
-        f"{objective.flops_per_sample():.3g} per sample, forward and backward",
-        f"memory     {state_bytes / 2**20:.0f} MiB weights, gradients and optimizer + "
-        f"{sum(saved.values()) / 2**20:.0f} MiB kept for the backward pass of a micro-batch, per process",
-        f"one micro-batch of {len(batch.images)} went through: loss {loss.item():.4f}. Nothing was written.",
-    )
 
 
 def print_help(config: Path | None, usage: str) -> None:

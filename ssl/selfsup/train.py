@@ -24,9 +24,9 @@ import torch
 from selfsup import checkpoint, dist, flops, run_folder, start
 from selfsup.checkpoint import TrainState
 from selfsup.config import parse_overrides
+from selfsup.dry_run import dry_run
 from selfsup.ema import Ema
 from selfsup.keyed import Purpose, random_bits
-from selfsup.look.pictures import grid
 from selfsup.metrics import MetricsLog, StepClock
 from selfsup.optim import build_optimizer, require_finite
 from selfsup.probe.online import open_monitor
@@ -40,28 +40,29 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     Returns "finished" or "interrupted". Raises ValueError for whatever the user can mend.
     """
     accelerator = start.accelerator(recipe)
-    plan, index = start.batch_plan(recipe), start.open_index(recipe)
+    plan, data = start.batch_plan(recipe), start.open_data(recipe)
     objective = start.build_objective(recipe, accelerator.device)
     if weights is not None:
         start.say(dist.together(checkpoint.init_from, weights, objective, recipe))
     optimizer = build_optimizer(recipe.optim, objective)
     ema = None if recipe.optim.ema is None else Ema(objective, recipe.optim.ema)
-    state = TrainState(objective, optimizer, accelerator.scaler, recipe, 0, 0, start.data_facts(index), ema)
+    state = TrainState(objective, optimizer, accelerator.scaler, recipe, 0, 0, start.data_facts(data), ema)
     if resume is not None:
         state = start.resume(resume, state)
     run_dir, optim, run = Path(recipe.run.dir), recipe.optim, recipe.run
-    batches = start.open_batches(recipe, index, plan, state)
+    batches = start.open_batches(recipe, data, plan, state)
     lock = dist.on_first_rank(run_folder.claim, run_dir, resume is not None)
     dist.on_first_rank(checkpoint.set_aside_later, run_dir, state.step)
     if weights is not None:
         # Before `describe`: a folder that is described but has no checkpoint is resumed from the seed.
         dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
     dist.on_first_rank(run_folder.describe, run_dir, recipe, plan.world, accelerator.device)
+    dist.on_first_rank(start.keep_tokenizer, run_dir, data)
     log = dist.on_first_rank(MetricsLog, run_dir, state.step, optim.steps)
-    start.summarise(recipe, plan, index, state, accelerator.device)
+    start.summarise(recipe, plan, data, state, accelerator.device)
     monitor, monitored = None, 0 < run.monitor_every <= optim.steps
     if monitored:
-        monitor = dist.on_first_rank(open_monitor, recipe, index, accelerator.device)
+        monitor = dist.on_first_rank(open_monitor, recipe, data, accelerator.device)
     elif run.monitor_every:
         start.say(f"monitor    off: run.monitor_every {run.monitor_every} is beyond the last step {optim.steps}")
     profiler = start.profiler(recipe, state.step)
@@ -98,7 +99,7 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         sums = {"loss": torch.zeros((), device=accelerator.device)}
         for i, batch in enumerate(micro_batches):
             seed_model(recipe.seed, step, i)
-            batch = batch.to(accelerator.device, recipe.data.mean, recipe.data.std)
+            batch = recipe.data.to(batch, accelerator.device)
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 output = model(batch, total)
@@ -131,16 +132,17 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
             values = {**means, "lr": optimizer.param_groups[0]["lr"], "samples": state.samples}
             if math.isfinite(grad_norm):  # fp16 skips a step that overflows
                 values["grad_norm"] = float(grad_norm)
-            if index is not None:
-                values["epoch"] = state.samples / len(index)
-            values |= clock.read(optim.batch_size, objective.flops_per_sample(), peak and peak * plan.world)
+            if data is not None:
+                values["epoch"] = state.samples / len(data)
+            values |= clock.read(
+                optim.batch_size, recipe.throughput, objective.flops_per_sample(), peak and peak * plan.world
+            )
             if monitor is not None and measure_now:
                 values |= monitor.measure(objective.encoder, objective.projector)
                 log.distributions(done, monitor.similarities)
             log.write(done, values)
         if log is not None and run.picture_every and (done % run.picture_every == 0 or done == optim.steps):
-            views = {"training views": grid(batch.shown(recipe.data.mean, recipe.data.std), 8)}
-            log.pictures(done, {**views, **objective.pictures(batch, recipe.data.mean, recipe.data.std)})
+            start.show(log, done, recipe, objective, batch, data)
         if save_now:
             dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
             saved = done
@@ -213,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _leave(go_on(options.resume, overrides))
         recipe = load_recipe(config, overrides)
         if options.dry_run:
-            start.dry_run(recipe)
+            dry_run(recipe)
             return 0
         return _leave(train(recipe, weights=options.init_from))
     except dist.OtherRankFailed:

@@ -270,7 +270,7 @@ def test_only_local_folders(url):
 
 
 def test_compressed_and_imageless_folders(tmp_path):
-    write_tar(tmp_path / "s.tar", [("a.txt", b"x")])
+    write_tar(tmp_path / "s.tar", [("a.json", b"x")])
     with pytest.raises(ValueError, match="no images in 1 shards"):
         build_index(tmp_path, 1)
     (tmp_path / "t.tar.gz").write_bytes(b"")

@@ -12,10 +12,11 @@ import webdataset as wds
 
 from data.making import encode, picture, write_tar
 from selfsup.data import pack as pack_module
-from selfsup.data.check import damaged_images, main_check
+from selfsup.data.check import damaged_samples, main_check
+from selfsup.data.command import main_pack
 from selfsup.data.decode import decode_image
 from selfsup.data.index import build_index, load_index, open_shards, save_index
-from selfsup.data.pack import main_pack, pack, pack_arrays
+from selfsup.data.pack import pack, pack_arrays
 from selfsup.data.reader import ShardReader
 
 
@@ -217,7 +218,7 @@ def test_arrays_of_another_shape(tmp_path):
 
 
 def test_main_prints_the_report(tmp_path, capsys):
-    main_pack(write_images(tmp_path / "in", ["a"], 2), tmp_path / "out", 5, 1)
+    main_pack(str(write_images(tmp_path / "in", ["a"], 2)), tmp_path / "out", processes=1)
     assert "2 images, 1 classes in 1 shards" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["a"]
 
@@ -231,7 +232,7 @@ def test_check_finds_and_drops_what_cannot_be_decoded(tmp_path, capsys):
     write_tar(tmp_path / "s.tar", members)
     save_index(build_index(tmp_path, 1))
     folder = str(tmp_path)
-    assert list(damaged_images(open_shards(folder), 2)) == [4]
+    assert list(damaged_samples(open_shards(folder), 2)) == [4]
     with pytest.raises(ValueError, match=r"s.tar: 4: cannot decode") as error:
         main_check(folder, processes=1)
     assert "1 of 6 images; leave them out with: selfsup data check" in str(error.value)

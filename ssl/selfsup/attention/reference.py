@@ -69,6 +69,10 @@ def weights_and_lse(
     bias, allowed = rules.everything(q, k)
     if bias is not None:
         scores = scores + bias
+    if rules.always_sees(q.shape[-2], k.shape[-2]) and k.shape[-2] > 0:
+        scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+        lse = scores.to(wide).logsumexp(dim=-1) if return_lse else None
+        return scores.softmax(dim=-1).to(q.dtype), lse
     if allowed is None:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
     # Rows without a key get finite scores before the softmax and zero weights after it: no NaN

@@ -35,6 +35,16 @@ class Rules(NamedTuple):
         tensors = (self.attn_mask, self.alibi_slopes, self.document_ids)
         return all(t is None for t in tensors) and self.left is None and self.right is None
 
+    def always_sees(self, length: int, keys: int) -> bool:
+        """Whether every query surely sees a key, the one at its own place, whatever the values of tensors."""
+        ids = self.document_ids
+        return (
+            self.attn_mask is None
+            and length <= keys
+            and self.offset in (0, keys - length)
+            and (ids is None or not ids.is_floating_point())  # a NaN would not even equal itself
+        )
+
     def everything(self, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """`bias` and `allowed` for all queries and keys."""
         rows, cols = slice(0, q.shape[-2]), slice(0, k.shape[-2])

@@ -1,4 +1,4 @@
-"""Verifying shards from end to end: every hash, every checksum, every image decoded."""
+"""Verifying shards from end to end: every hash, every checksum, every image and text decoded."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -10,18 +10,19 @@ import numpy as np
 from tqdm import tqdm
 
 from selfsup.data.decode import decode_image
-from selfsup.data.index import ShardIndex, check_shards, load_index, open_shards, save_index
+from selfsup.data.index import ShardIndex, check_shards, load_index, local_folder, open_shards, save_index
 from selfsup.data.reader import ShardReader
 from selfsup.data.shard import fork_or_spawn
+from selfsup.data.tokens import check_tokens, is_token_folder, open_tokens
 
 _ROWS_PER_JOB = 1000
 
 
-def damaged_images(index: ShardIndex, processes: int) -> dict[int, str]:
-    """Reads and decodes every image of a saved index; row -> what is wrong with it."""
+def damaged_samples(index: ShardIndex, processes: int) -> dict[int, str]:
+    """Reads and decodes every image or text of a saved index; row -> what is wrong with it."""
     damaged: dict[int, str] = {}
     jobs = [(index.folder, start) for start in range(0, len(index), _ROWS_PER_JOB)]
-    with tqdm(total=len(index), desc="decode", unit="image", disable=None) as bar:
+    with tqdm(total=len(index), desc="decode", unit=index.what.removesuffix("s"), disable=None) as bar:
         with ProcessPoolExecutor(processes, mp_context=fork_or_spawn()) as pool:
             for (_, start), found in zip(jobs, pool.map(_check_rows, *zip(*jobs))):
                 damaged |= found
@@ -38,7 +39,10 @@ def _check_rows(folder: Path, start: int) -> dict[int, str]:
     reader, damaged = _reader(folder), {}
     for row in range(start, min(start + _ROWS_PER_JOB, len(reader.index))):
         try:
-            decode_image(reader.read(np.array([row]))[0], 3, reader.index.name(row))
+            if reader.index.kind == "text":
+                reader.texts(np.array([row]))
+            else:
+                decode_image(reader.read(np.array([row]))[0], 3, reader.index.name(row))
         except ValueError as error:
             damaged[row] = str(error)
     return damaged
@@ -66,24 +70,37 @@ def without_rows(index: ShardIndex, rows: list[int], reason: str) -> ShardIndex:
 
 
 def main_check(shards: str, /, drop: bool = False, processes: int = os.cpu_count() or 1) -> None:
-    """Verifies shards against their index: every file's SHA-256, every image's CRC32 and decoding.
+    """Verifies shards against their index: every file's SHA-256, every sample's CRC32 and decoding.
+
+    Token shards: every file's SHA-256, and that their tokenizer is the one that made them.
 
     Args:
         shards: the folder that holds them.
-        drop: leave images that cannot be decoded out of the index (the shards stay as they are).
-        processes: images are decoded by so many.
+        drop: leave images or texts that cannot be decoded out of the index (the shards stay as they are).
+        processes: samples are decoded by so many.
     """
-    index = open_shards(shards)
+    if is_token_folder(local_folder(shards)):
+        _check_token_folder(shards, drop)
+        return
+    index = open_shards(shards, None)
     check_shards(index, all=True)
-    damaged = damaged_images(index, processes)
+    damaged, what = damaged_samples(index, processes), index.what
     if not damaged:
-        print(f"{len(index)} images in {len(index.shards)} shards: all as indexed, all can be decoded")
+        print(f"{len(index)} {what} in {len(index.shards)} shards: all as indexed, all can be decoded")
         return
     if not drop:
         fix = f"leave them out with: selfsup data check {index.folder} --drop"
-        raise ValueError("\n".join([*damaged.values(), f"{len(damaged)} of {len(index)} images; {fix}"]))
+        raise ValueError("\n".join([*damaged.values(), f"{len(damaged)} of {len(index)} {what}; {fix}"]))
     if len(damaged) == len(index):
-        raise ValueError(f"{index.folder}: not one of {len(index)} images can be decoded: nothing is left")
-    save_index(without_rows(index, sorted(damaged), "images that could not be decoded"))
+        raise ValueError(f"{index.folder}: not one of {len(index)} {what} can be decoded: nothing is left")
+    save_index(without_rows(index, sorted(damaged), f"{what} that could not be decoded"))
     print("\n".join(damaged.values()))
-    print(f"{len(damaged)} images left out of the index, {len(index) - len(damaged)} kept")
+    print(f"{len(damaged)} {what} left out of the index, {len(index) - len(damaged)} kept")
+
+
+def _check_token_folder(shards: str, drop: bool) -> None:
+    if drop:
+        raise ValueError(f"drop: {shards} holds token shards, of which nothing can be left out; tokenise again")
+    index = open_tokens(shards)
+    check_tokens(index, all=True)
+    print(f"{len(index)} documents, {index.tokens} tokens in {len(index.shards)} shards: all as indexed")

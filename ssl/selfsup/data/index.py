@@ -1,6 +1,6 @@
 """The shard index: where every sample lies in a folder of plain WebDataset tars.
 
-One file, `index.safetensors`, beside the shards. With it a sample is one positioned read, the
+Images or texts. One file, `index.safetensors`, beside the shards. With it a sample is one positioned read, the
 order of samples is free of the order of shards, and a damaged shard is *seen*: webdataset, like
 Python's tarfile, reads a broken one as a shorter one, in silence.
 """
@@ -12,6 +12,7 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from selfsup.data.shard import Members, Shard, fork_or_spawn, read_shard
+from selfsup.data.shard import Kind, Members, Shard, fork_or_spawn, read_shard
 from selfsup.durable import sha256, write_atomically
 
 INDEX_NAME = "index.safetensors"
@@ -39,7 +40,7 @@ class ShardIndex:
     shard: Int32[np.ndarray, "n"]
     """Which of `shards` holds the sample."""
     offset: Int64[np.ndarray, "n"]
-    """Where the image's bytes begin in the shard."""
+    """Where the bytes of the image, or text, begin in the shard."""
     length: Int64[np.ndarray, "n"]
     crc32: UInt32[np.ndarray, "n"]
     label: Int64[np.ndarray, "n"]
@@ -50,6 +51,8 @@ class ShardIndex:
     """Names of the labels, from `classes.json` beside the shards; empty where unknown."""
     skipped: dict[str, int]
     """What was left out and how often."""
+    kind: Kind = "images"
+    """What the samples are."""
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -58,6 +61,11 @@ class ShardIndex:
         """The sample's webdataset key."""
         start, end = self.key_offsets[row], self.key_offsets[row + 1]
         return self.key_bytes[start:end].tobytes().decode()
+
+    @property
+    def what(self) -> str:
+        """What to call the samples in a message."""
+        return {"images": "images", "text": "documents"}[self.kind]
 
     def name(self, row: int | np.integer) -> str:
         """`shard-000003.tar: cat/0042`, for messages."""
@@ -77,6 +85,8 @@ class ShardIndex:
 
     def _header(self) -> str:
         header = {"version": INDEX_VERSION, "shards": self._shard_table(), "classes": self.classes}
+        if self.kind != "images":  # indexes of images are older than this field, and stay as they were
+            header["kind"] = self.kind
         return json.dumps({**header, "skipped": self.skipped}, sort_keys=True)
 
     def _tensors(self) -> dict[str, np.ndarray]:
@@ -87,6 +97,7 @@ class ShardIndex:
 def build_index(source: str | Path | list[Path], processes: int) -> ShardIndex:
     """Walks every shard of a folder (or a list of shards in one folder) and indexes its images.
 
+    Where there is not one image, the texts (.txt); else a text is taken for an image's caption.
     Every byte is read once for SHA-256 and CRC32, `processes` shards at a time. Raises ValueError,
     naming the file, for a missing or empty folder, for a damaged shard (truncated, bad header,
     not a tar, compressed), for members that do not belong into a data set (links, devices, paths
@@ -100,7 +111,11 @@ def build_index(source: str | Path | list[Path], processes: int) -> ShardIndex:
     else:
         folder = local_folder(str(source))
         paths = list_shards(folder)
-    shards, members = _read_shards(paths, processes)
+    shards, members = _read_shards(paths, processes, None)
+    kinds = {part.kind for part in members if part.keys}
+    if len(kinds) > 1:
+        shards, members = _read_shards(paths, processes, "images")
+    kind = "text" if kinds == {"text"} else "images"
     skipped: dict[str, int] = {}
     for part in members:
         for reason, count in part.skipped.items():
@@ -108,8 +123,8 @@ def build_index(source: str | Path | list[Path], processes: int) -> ShardIndex:
     keys = [key.encode() for part in members for key in part.keys]
     if not keys:
         raise ValueError(
-            f"{folder}: no images in {len(paths)} shards (skipped: {skipped or 'nothing'}); expected samples "
-            "with a member named KEY.jpg, .jpeg, .png or .webp, where KEY has no dot"
+            f"{folder}: no images in {len(paths)} shards, and no texts (skipped: {skipped or 'nothing'}); expected "
+            "samples with a member named KEY.jpg, .jpeg, .png or .webp, or KEY.txt, where KEY has no dot"
         )
     counts = [len(part.keys) for part in members]
     label = np.concatenate([part.label for part in members])
@@ -125,6 +140,7 @@ def build_index(source: str | Path | list[Path], processes: int) -> ShardIndex:
         key_offsets=np.cumsum([0, *map(len, keys)], dtype=np.int64),
         classes=_read_classes(folder, int(label.max())),
         skipped=skipped,
+        kind=kind,
     )
     _check_consistent(index)
     return index
@@ -146,17 +162,19 @@ def _check_consistent(index: ShardIndex) -> None:
         raise ValueError("its keys do not add up")
 
 
-def _read_shards(paths: list[Path], processes: int) -> tuple[list[Shard], list[Members]]:
+def _read_shards(
+    paths: list[Path], processes: int, kind: Kind | None
+) -> tuple[list[Shard], list[Members]]:
     bar = tqdm(total=len(paths), desc="index", unit="shard", disable=None)
     results = []
     with bar:
         if processes <= 1 or len(paths) == 1:
             for path in paths:
-                results.append(read_shard(path))
+                results.append(read_shard(path, kind))
                 bar.update()
         else:
             with ProcessPoolExecutor(processes, mp_context=fork_or_spawn()) as pool:
-                for result in pool.map(read_shard, paths):
+                for result in pool.map(read_shard, paths, repeat(kind)):
                     results.append(result)
                     bar.update()
     return [shard for shard, _ in results], [members for _, members in results]
@@ -201,8 +219,10 @@ def load_index(folder: str | Path) -> ShardIndex:
         if header["version"] != INDEX_VERSION:
             raise ValueError(f"format version {header['version']}, expected {INDEX_VERSION}")
         shards = tuple(Shard(*fields) for fields in header["shards"])
-        classes, skipped = tuple(header["classes"]), header["skipped"]
-        index = ShardIndex(folder, shards, **tensors, classes=classes, skipped=skipped)
+        rest = {"classes": tuple(header["classes"]), "skipped": header["skipped"]}
+        index = ShardIndex(folder, shards, **tensors, **rest, kind=header.get("kind", "images"))
+        if index.kind not in ("images", "text"):
+            raise ValueError(f"it is of {index.kind}, expected images or text")
         _check_consistent(index)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         again = f"selfsup data index {folder}"
@@ -231,19 +251,25 @@ def list_shards(folder: Path) -> list[Path]:
         raise ValueError(f"{folder / compressed[0]}: compressed: no random access; unpack it to a plain .tar")
     paths = [folder / name for name in names if name.lower().endswith(".tar")]
     if not paths:
-        raise ValueError(f"{folder}: no shards (*.tar); pack images with: selfsup data pack IMAGES {folder}")
+        if any(name.startswith("tokens-") and name.endswith(".npy") for name in names):
+            raise ValueError(f"{folder}: expected shards of images or text (*.tar), got token shards")
+        raise ValueError(
+            f"{folder}: no shards (*.tar); pack images or text with: selfsup data pack FOLDER {folder}"
+        )
     return paths
 
 
-def open_shards(shards: str) -> ShardIndex:
-    """The index of a folder of shards, checked against the files that are there.
+def open_shards(shards: str, kind: Kind | None = "images") -> ShardIndex:
+    """The index of a folder of shards, checked against the files that are there. kind None: of either.
 
     Raises ValueError, with the fix, for a missing folder, no shards, no index, a missing shard, a
-    shard of another size than indexed, and a shard that the index does not know.
+    shard of another size than indexed, a shard that the index does not know, and the other kind of data.
     """
     folder = local_folder(shards)
     present = {path.name: path.stat().st_size for path in list_shards(folder)}
     index = load_index(folder)
+    if kind is not None and index.kind != kind:
+        raise ValueError(f"{folder}: expected shards of {kind}, got {index.kind}; name a folder of {kind}")
     again = f"selfsup data index {folder}"
     for shard in index.shards:
         if shard.name not in present:
@@ -291,4 +317,4 @@ def main_index(shards: Path, /, processes: int = os.cpu_count() or 1) -> None:
     save_index(index)
     for reason, count in index.skipped.items():
         print(f"skipped: {count} {reason}")
-    print(f"{len(index)} images in {len(index.shards)} shards: {index.folder / INDEX_NAME}")
+    print(f"{len(index)} {index.what} in {len(index.shards)} shards: {index.folder / INDEX_NAME}")

@@ -1,4 +1,4 @@
-"""Images into WebDataset shards: verified one by one, shuffled once, in parallel, resumable.
+"""Samples into WebDataset shards: verified one by one, shuffled once, in parallel, resumable. Here: images.
 
 Samples are put in a fixed random order before they are cut into shards, so that every shard mixes
 all classes and a sequential reader does not see one class after another. Bytes are kept as they
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -37,18 +37,38 @@ from selfsup.durable import fsync_path, write_atomically
 
 PLAN_NAME = "pack.json"
 PACK_VERSION = 1
-_CORRUPT = "images that could not be decoded"
+
+
+class Stored(Protocol):
+    """Where bytes are: a Path is one. `str` names the place."""
+
+    def read_bytes(self) -> bytes: ...
 
 
 class Sample(NamedTuple):
-    """An image to be packed."""
+    """An image or a document to be packed."""
 
     key: str
     extension: str
+    """txt for a document."""
     label: int
     """-1 for none."""
-    content: bytes | Path
-    """The encoded image, or the file that holds it."""
+    content: bytes | Stored
+    """The encoded image or the UTF-8 text, or what holds it."""
+
+
+class Plan(NamedTuple):
+    """What is to be packed."""
+
+    samples: list[Sample]
+    stamps: list[list]
+    """Everything the shards depend on: equal stamps make equal shards."""
+    classes: list[str]
+    notes: list[str]
+    """What the user is told beside the numbers."""
+    left_out: dict[str, int]
+    """Why and how often something in the source is not among the samples."""
+    what: str = "images"
 
 
 @dataclass(frozen=True)
@@ -59,7 +79,7 @@ class PackReport:
     kept_shards: int
     """Finished by an earlier run and kept."""
     corrupt: tuple[str, ...]
-    """Images left out, each with the reason."""
+    """Planned samples left out, each with the reason."""
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -68,7 +88,7 @@ class PackReport:
         kept = f" ({self.kept_shards} kept from before)" if self.kept_shards else ""
         classes = f", {len(index.classes)} classes" if index.classes else ""
         left_out = f"; {len(self.corrupt)} corrupt left out" if self.corrupt else ""
-        total = f"{len(index)} images{classes} in {len(index.shards)} shards{kept}{left_out}: {index.folder}"
+        total = f"{len(index)} {index.what}{classes} in {len(index.shards)} shards{kept}{left_out}: {index.folder}"
         return "\n".join([*lines, total])
 
 
@@ -84,39 +104,20 @@ def pack(
     decodable image, and where `dest` holds shards of something else.
     """
     source, dest = Path(source).expanduser(), Path(dest).expanduser()
-    files, others = _find_images(source)
-    names = sorted({file.relative_to(source).parts[0] for file in files if file.parent != source})
+    files, others = find_files(source, IMAGE_EXTENSIONS)
+    names, labels = class_folders(source, files)
     samples, stamps, taken = [], [], set()
-    for file in files:
+    for file, label in zip(files, labels):
         path = file.relative_to(source)
-        label = -1 if file.parent == source else names.index(path.parts[0])
-        samples.append(Sample(_key(path, taken), path.suffix[1:].lower(), label, file))
+        samples.append(Sample(make_key(path, taken), path.suffix[1:].lower(), label, file))
         status = file.stat()
         stamps.append([str(path), status.st_size, status.st_mtime_ns])
     notes = []
-    unlabelled = sum(sample.label == -1 for sample in samples)
-    if names and unlabelled:
-        notes.append(f"note: {unlabelled} images in {source} itself, outside the class folders, get no label")
+    if names and -1 in labels:
+        notes.append(f"note: {labels.count(-1)} images in {source} itself, outside the class folders, get no label")
     if others:
         notes.append(f"note: {others} files in {source} are not .jpg, .jpeg, .png or .webp: left alone")
-    return _pack(samples, stamps, names, dest, samples_per_shard, processes, notes)
-
-
-def main_pack(
-    source: Path, dest: Path, /, samples_per_shard: int = 5000, processes: int = os.cpu_count() or 1
-) -> None:
-    """Packs a folder of images (one folder per class, or flat) into WebDataset shards with an index.
-
-    Every image is decoded once; corrupt ones are named and left out. Interrupted, it goes on when
-    called again.
-
-    Args:
-        source: folder of JPEG, PNG and WebP images.
-        dest: folder for the shards.
-        samples_per_shard: images a shard.
-        processes: shards written at a time.
-    """
-    print(pack(source, dest, samples_per_shard, processes))
+    return pack_plan(Plan(samples, stamps, names, notes, {}), dest, samples_per_shard, processes)
 
 
 def pack_samples(
@@ -124,7 +125,7 @@ def pack_samples(
 ) -> PackReport:
     """Packs encoded images held in memory; otherwise as `pack`. Keys must differ and have no dot."""
     stamps = [[s.key, s.extension, s.label, hashlib.sha256(s.content).hexdigest()] for s in samples]
-    return _pack(samples, stamps, classes, Path(dest).expanduser(), samples_per_shard, 1, [])
+    return pack_plan(Plan(samples, stamps, classes, [], {}), Path(dest).expanduser(), samples_per_shard, 1)
 
 
 def pack_arrays(
@@ -151,11 +152,14 @@ def pack_arrays(
     return pack_samples(samples, classes, dest, samples_per_shard)
 
 
-def _find_images(source: Path) -> tuple[list[Path], int]:
-    """All images below `source`, sorted, and the number of other files."""
+def find_files(source: Path, extensions: tuple[str, ...]) -> tuple[list[Path], int]:
+    """All files below `source` with these extensions, sorted, and the number of other files.
+
+    Hidden ones are passed over; links to folders are followed once. Raises ValueError for none.
+    """
     if not source.is_dir():
-        raise ValueError(f"{source}: no such folder of images")
-    images, others, seen = [], 0, set()
+        raise ValueError(f"{source}: no such folder")
+    found, others, seen = [], 0, set()
     for folder, folders, files in os.walk(source, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link back to a folder already walked
@@ -166,16 +170,25 @@ def _find_images(source: Path) -> tuple[list[Path], int]:
         for name in files:
             if name.startswith("."):
                 continue
-            if Path(name).suffix[1:].lower() in IMAGE_EXTENSIONS:
-                images.append(Path(folder, name))
+            if Path(name).suffix[1:].lower() in extensions:
+                found.append(Path(folder, name))
             else:
                 others += 1
-    if not images:
-        raise ValueError(f"{source}: no .jpg, .jpeg, .png or .webp files found ({others} other files)")
-    return sorted(images), others
+    if not found:
+        wanted = ", ".join(f".{e}" for e in extensions[:-1]) + f" or .{extensions[-1]}"
+        raise ValueError(f"{source}: no {wanted} files found ({others} other files)")
+    return sorted(found), others
 
 
-def _key(path: Path, taken: set[str]) -> str:
+def class_folders(source: Path, files: list[Path]) -> tuple[list[str], list[int]]:
+    """The names of the folders directly in `source`, sorted, and for each file which it is in; -1: in none."""
+    folders = [file.relative_to(source).parts[0] if file.parent != source else None for file in files]
+    names = sorted({folder for folder in folders if folder is not None})
+    numbers = {name: i for i, name in enumerate(names)}
+    return names, [numbers.get(folder, -1) for folder in folders]
+
+
+def make_key(path: Path, taken: set[str]) -> str:
     """A webdataset key that still tells the file: its path without the extension; dots would end a
     key early. Made unique where a.jpg and a.png, or a.b.jpg and a_b.jpg, come to the same."""
     base = re.sub(r"[^\w/ @+=,-]", "_", str(path.with_suffix("")))
@@ -189,23 +202,17 @@ def _key(path: Path, taken: set[str]) -> str:
     return key
 
 
-def _pack(
-    samples: list[Sample],
-    stamps: list[list],
-    classes: list[str],
-    dest: Path,
-    samples_per_shard: int,
-    processes: int,
-    notes: list[str],
-) -> PackReport:
+def pack_plan(plan: Plan, dest: Path, samples_per_shard: int, processes: int) -> PackReport:
+    """Writes what is planned into `dest`, or what is missing of it, and the index. Raises ValueError as `pack`."""
+    samples = plan.samples
     if not samples:
-        raise ValueError("nothing to pack: no images")
+        raise ValueError("\n".join([*plan.notes, f"nothing to pack: no {plan.what}"]))
     if samples_per_shard < 1:
         raise ValueError(f"samples per shard: expected a value >= 1, got {samples_per_shard}")
-    content = json.dumps([PACK_VERSION, samples_per_shard, classes, stamps])
+    content = json.dumps([PACK_VERSION, samples_per_shard, plan.classes, plan.stamps])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
-    plan = {"version": PACK_VERSION, "plan": fingerprint, "samples": len(samples)}
-    _claim(dest, plan, classes)
+    claim = {"version": PACK_VERSION, "plan": fingerprint, "samples": len(samples)}
+    _claim(dest, claim, plan)
     order = sample_order(0, 0, np.arange(len(samples)), len(samples), "shuffled").tolist()
     shards = {}
     for i, start in enumerate(range(0, len(samples), samples_per_shard)):
@@ -213,41 +220,43 @@ def _pack(
         shards[dest / f"shard-{i:06d}.tar"] = members
     todo = {path: members for path, members in shards.items() if not path.exists()}
     kept = len(shards) - len(todo)
-    corrupt = _write_shards(todo, processes)
+    corrupt = _write_shards(todo, processes, plan.what)
     if len(corrupt) == len(samples):
-        raise ValueError(f"none of {len(samples)} images could be decoded, such as {min(corrupt.values())}")
+        raise ValueError(
+            f"none of {len(samples)} {plan.what} could be decoded, such as {min(corrupt.values())}"
+        )
     if not todo and (dest / INDEX_NAME).exists():
         # Not written again: its time says from when on a changed shard is suspect.
-        return _report(open_shards(str(dest)), samples, corrupt, kept, notes)
-    report = _report(build_index(dest, processes), samples, corrupt, kept, notes)
+        return _report(open_shards(str(dest), None), plan, corrupt, kept)
+    report = _report(build_index(dest, processes), plan, corrupt, kept)
     save_index(report.index)
     return report
 
 
-def _claim(dest: Path, plan: dict, classes: list[str]) -> None:
+def _claim(dest: Path, claim: dict, plan: Plan) -> None:
     """Writes the plan into `dest`, or finds the same one there. Raises ValueError for another."""
     dest.mkdir(parents=True, exist_ok=True)
     path = dest / PLAN_NAME
     if path.exists():
-        if path.read_text() != json.dumps(plan):
+        if path.read_text() != json.dumps(claim):
             raise ValueError(
-                f"{dest}: holds shards packed from other images or with another shard size; "
+                f"{dest}: holds shards packed from other {plan.what} or with another shard size; "
                 "remove the folder, or pack into another one"
             )
         return
     if any(dest.glob("*.tar")) or (dest / INDEX_NAME).exists():
         raise ValueError(f"{dest}: holds shards that were not packed here; pack into another folder")
     (dest / CLASSES_NAME).unlink(missing_ok=True)
-    if classes:
-        write_atomically(dest / CLASSES_NAME, json.dumps(classes).encode())
-    write_atomically(path, json.dumps(plan).encode())
+    if plan.classes:
+        write_atomically(dest / CLASSES_NAME, json.dumps(plan.classes).encode())
+    write_atomically(path, json.dumps(claim).encode())
 
 
-def _write_shards(todo: dict[Path, list[Sample]], processes: int) -> dict[str, str]:
-    """Writes shards, several at a time; returns why each undecodable image (by key) was left out."""
+def _write_shards(todo: dict[Path, list[Sample]], processes: int, what: str) -> dict[str, str]:
+    """Writes shards, several at a time; returns why each undecodable sample (by key) was left out."""
     corrupt: dict[str, str] = {}
     total = sum(map(len, todo.values()))
-    with tqdm(total=total, desc="pack", unit="image", disable=None) as bar:
+    with tqdm(total=total, desc="pack", unit=what.removesuffix("s"), disable=None) as bar:
         if processes <= 1 or len(todo) <= 1:
             for path, members in todo.items():
                 corrupt |= write_shard(path, members, bar.update)
@@ -265,7 +274,7 @@ def write_shard(
 ) -> dict[str, str]:
     """Writes one shard under a temporary name and renames it when it is whole and on disk.
 
-    Returns key -> reason for the images that could not be decoded. The bytes depend on the samples
+    Returns key -> reason for the samples that could not be decoded. The bytes depend on the samples
     only: fixed times and owner. Long and non-ASCII keys make pax headers, which every reader knows.
     """
     corrupt = {}
@@ -278,7 +287,8 @@ def write_shard(
                 content = sample.content
                 try:
                     data = content if isinstance(content, bytes) else content.read_bytes()
-                    decode_image(data, 3, _origin(sample))
+                    if sample.extension in IMAGE_EXTENSIONS:
+                        decode_image(data, 3, _origin(sample))
                 except (ValueError, OSError) as error:
                     corrupt[sample.key] = str(error)
                     continue
@@ -291,21 +301,21 @@ def write_shard(
     return corrupt
 
 
-def _report(
-    index: ShardIndex, samples: list[Sample], corrupt: dict[str, str], kept: int, notes: list[str]
-) -> PackReport:
+def _report(index: ShardIndex, plan: Plan, corrupt: dict[str, str], kept: int) -> PackReport:
     """What is planned but not in the shards was corrupt: so the count is right for kept shards too."""
     packed = {index.key(row) for row in range(len(index))}
-    reasons = []
-    for sample in samples:
+    reasons, left_out = [], dict(plan.left_out)
+    for sample in plan.samples:
         if sample.key not in packed:
             earlier = f"{_origin(sample)}: could not be decoded by an earlier run"
             reasons.append(corrupt.get(sample.key, earlier))
     if reasons:
-        index = replace(index, skipped={**index.skipped, _CORRUPT: len(reasons)})
-    return PackReport(index, kept, tuple(reasons), tuple(notes))
+        left_out[f"{plan.what} that could not be decoded"] = len(reasons)
+    if left_out:
+        index = replace(index, skipped={**index.skipped, **left_out})
+    return PackReport(index, kept, tuple(reasons), tuple(plan.notes))
 
 
 def _origin(sample: Sample) -> str:
     """What to call a sample in a message: its file, or its key."""
-    return str(sample.content) if isinstance(sample.content, Path) else sample.key
+    return sample.key if isinstance(sample.content, bytes) else str(sample.content)

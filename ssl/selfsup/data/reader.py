@@ -1,4 +1,4 @@
-"""Random access to the images of an index: one positioned read and one CRC a sample."""
+"""Random access to the samples of an index: one positioned read and one CRC a sample."""
 
 import os
 import zlib
@@ -20,7 +20,7 @@ class ShardReader:
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, least recently used first
 
     def read(self, rows: Int64[np.ndarray, "n"]) -> list[bytes]:
-        """The encoded images at `rows`, in that order; read in the order of the disk.
+        """The encoded images (or texts) at `rows`, in that order; read in the order of the disk.
 
         Raises ValueError naming shard and key where the bytes are not those that were indexed.
         """
@@ -37,6 +37,22 @@ class ShardReader:
                 )
             blobs[place] = blob
         return blobs
+
+    def texts(self, rows: Int64[np.ndarray, "n"]) -> list[str]:
+        """The documents at `rows` of an index of text, in that order.
+
+        Raises ValueError as `read`, and for bytes that are not UTF-8.
+        """
+        texts = []
+        for row, data in zip(rows, self.read(rows)):
+            try:
+                texts.append(data.decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{self.index.name(row)}: not UTF-8 text ({error.reason} at byte {error.start}); "
+                    f"find all with: selfsup data check {self.index.folder}"
+                ) from None
+        return texts
 
     def _open(self, shard: int) -> int:
         descriptor = self._files.pop(shard, None)

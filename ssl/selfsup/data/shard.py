@@ -1,4 +1,4 @@
-"""One shard: walking a tar so that damage is seen, and reading its images by offset."""
+"""One shard: walking a tar so that damage is seen, and finding its images or texts by offset."""
 
 import multiprocessing
 import os
@@ -10,13 +10,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from selfsup.durable import sha256
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+TEXT_EXTENSIONS = ("txt",)
+
+Kind = Literal["images", "text"]
 
 # webdataset's rules, letter for letter: the key ends at the first dot of the base name, and
 # members named __like_this__ are its own.
@@ -25,7 +28,7 @@ META_MEMBER = re.compile(r"__[^/]*__($|/)")
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstandard"}
 _LONGEST_LABEL = 20
-_LARGEST_IMAGE = 1 << 30
+LARGEST_SAMPLE = 1 << 30
 _BLOCK = 512
 
 
@@ -40,8 +43,9 @@ class Shard(NamedTuple):
 
 @dataclass
 class Members:
-    """The images of one shard, in its order."""
+    """The images of one shard, or its texts, in its order."""
 
+    kind: Kind
     keys: list[str]
     offset: np.ndarray
     length: np.ndarray
@@ -62,9 +66,10 @@ def fork_or_spawn() -> BaseContext:
     return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
-def read_shard(path: Path) -> tuple[Shard, Members]:
-    """Walks one shard, checks it from the first byte to the last, and lists its images.
+def read_shard(path: Path, kind: Kind | None = None) -> tuple[Shard, Members]:
+    """Walks one shard, checks it from the first byte to the last, and lists its images, or its texts.
 
+    kind None: images where there is one, for then a text is a caption; else texts, where there is one.
     Raises ValueError naming the file for anything but a whole, plain tar of regular files.
     """
     check_is_tar(path)
@@ -72,7 +77,7 @@ def read_shard(path: Path) -> tuple[Shard, Members]:
     skipped: Counter[str] = Counter()
     with open(path, "rb") as file:
         samples = _group(path, _walk(path, file), skipped)
-        members = _images(path, file.fileno(), samples, skipped)
+        members = _members(path, file.fileno(), samples, kind or _kind(samples), skipped)
     return Shard(path.name, path.stat().st_size, digest, len(members.keys)), members
 
 
@@ -153,24 +158,34 @@ def _group(path: Path, members: list[tarfile.TarInfo], skipped: Counter[str]) ->
     return samples
 
 
-def _images(path: Path, descriptor: int, samples: list[_Sample], skipped: Counter[str]) -> Members:
+def _kind(samples: list[_Sample]) -> Kind:
+    """Texts only where there are some and not one image."""
+    suffixes = set().union(*(sample.members for sample in samples))
+    return "text" if suffixes & {*TEXT_EXTENSIONS} and not suffixes & {*IMAGE_EXTENSIONS} else "images"
+
+
+def _members(
+    path: Path, descriptor: int, samples: list[_Sample], kind: Kind, skipped: Counter[str]
+) -> Members:
+    extensions, one = (IMAGE_EXTENSIONS, "an image") if kind == "images" else (TEXT_EXTENSIONS, "a text")
     keys, spans, labels, checksums = [], [], [], []
     for sample in samples:
-        images = [sample.members[suffix] for suffix in IMAGE_EXTENSIONS if suffix in sample.members]
-        if not images:
-            skipped["samples without an image"] += 1
+        found = [sample.members[suffix] for suffix in extensions if suffix in sample.members]
+        if not found:
+            skipped[f"samples without {one}"] += 1
             continue
-        if len(images) > 1:
-            skipped["second images of a sample"] += len(images) - 1
-        offset, length = images[0]
-        if length > _LARGEST_IMAGE:
-            raise ValueError(f"{path}: {sample.key}: an image of {length} bytes is refused")
+        if len(found) > 1:
+            skipped["second images of a sample"] += len(found) - 1
+        offset, length = found[0]
+        if length > LARGEST_SAMPLE:
+            raise ValueError(f"{path}: {sample.key}: {one} of {length} bytes is refused")
         keys.append(sample.key)
         spans.append((offset, length))
         checksums.append(zlib.crc32(os.pread(descriptor, length, offset)))
         labels.append(_label(descriptor, sample, skipped))
     table = np.array(spans, dtype=np.int64).reshape(-1, 2)
     return Members(
+        kind=kind,
         keys=keys,
         offset=table[:, 0].copy(),
         length=table[:, 1].copy(),

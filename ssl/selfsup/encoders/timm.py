@@ -1,7 +1,7 @@
 """Any timm backbone as an encoder, by name. Its state dict is timm's own, under `model.`."""
 
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,8 @@ from selfsup.config import Section
 
 class TimmConfig(Section):
     """A backbone of timm, freshly initialised: `encoder: {name: timm, model: resnet18}`."""
+
+    reads: ClassVar[str] = "images"
 
     name: Literal["timm"] = "timm"
     model: str

@@ -3,7 +3,7 @@
 A state dict saved here loads in timm's VisionTransformer unchanged, and the other way round.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Num
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from selfsup import flops
 from selfsup.attention.dispatch import AttentionName
 from selfsup.config import Section
-from selfsup.layers.block import LAYER_NORM_EPS, ActivationName, Block
+from selfsup.layers.block import LAYER_NORM_EPS, Block, BlockOptions
 from selfsup.layers.patch_embed import PatchEmbed, sincos_2d
 from selfsup.layers.rope import Rotation, rotation_2d
 
@@ -21,6 +21,8 @@ from selfsup.layers.rope import Rotation, rotation_2d
 class ViTConfig(Section):
     """A vision transformer. embed_dim/depth/num_heads: tiny 192/12/3, small 384/12/6,
     base 768/12/12, large 1024/24/16, huge 1280/32/16."""
+
+    reads: ClassVar[str] = "images"
 
     name: Literal["vit"] = "vit"
     img_size: Annotated[int, Field(ge=1)] = 224
@@ -49,7 +51,7 @@ class ViTConfig(Section):
     """Bias in the patch convolution; CLIP has none."""
     pre_norm: bool = False
     """A LayerNorm between the embeddings and the first block, as in CLIP."""
-    activation: ActivationName = "gelu"
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
     """Of the MLP: the exact GELU, or CLIP's x * sigmoid(1.702 x)."""
     layer_scale: Annotated[float, Field(gt=0)] | None = None
     """Initial value of a learned factor a channel on every residual branch; none: no such factors."""
@@ -146,14 +148,16 @@ class ViT(nn.Module):
         drops = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(
             Block(
-                dim,
-                config.num_heads,
-                config.mlp_ratio,
-                config.qkv_bias,
-                drop,
-                config.attention,
-                config.activation,
-                config.layer_scale,
+                BlockOptions(
+                    dim,
+                    config.num_heads,
+                    int(dim * config.mlp_ratio),
+                    qkv_bias=config.qkv_bias,
+                    activation=config.activation,
+                    layer_scale=config.layer_scale,
+                    drop_path=drop,
+                    attention=config.attention,
+                )
             )
             for drop in drops
         )

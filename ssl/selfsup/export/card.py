@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from selfsup.checkpoint import Weights
-from selfsup.encoders import EncoderConfig
+from selfsup.encoders import AnyEncoderConfig
+from selfsup.encoders.text import TextConfig
 from selfsup.encoders.vit import ViTConfig
 from selfsup.export.verify import Check
 from selfsup.recipe import Recipe
@@ -15,9 +16,17 @@ from selfsup.recipe import Recipe
 # Entries of a checkpoint's state.json that belong to resuming, not to a reader.
 _NOT_FACTS = ("step", "samples", "optimizer", "scaler")
 
+# The Hub's names for what objectives of text predict.
+_PIPELINES = {"mlm": "fill-mask", "clm": "text-generation"}
+
 POOLING = {
     "cls": "the class token after the last LayerNorm",
     "mean": "the mean over patch tokens after the last LayerNorm (norm, then pool)",
+}
+TEXT_POOLING = {
+    "mean": "the mean over the text's tokens after the last norm, padding left out",
+    "cls": "the first token after the last norm",
+    "last": "the text's last token after the last norm",
 }
 
 ENCODER = "An encoder for features: it has no classifier."
@@ -55,10 +64,11 @@ def model_card(
     for the publisher to add.
     """
     encoder, data, described = recipe.encoder, recipe.data, describe(recipe.encoder)
+    text = isinstance(encoder, TextConfig)
     facts = {key: value for key, value in state.items() if key not in _NOT_FACTS}
     header = {
         "library_name": usage.tags[0],
-        "pipeline_tag": "image-feature-extraction",
+        "pipeline_tag": _PIPELINES.get(recipe.objective.name, "image-feature-extraction"),
         "tags": [*usage.tags, "self-supervised", recipe.objective.name, described.tag],
     }
     lines = [
@@ -72,18 +82,16 @@ def model_card(
         "",
         f"- Objective: `{recipe.objective.name}`. {(type(recipe.objective).__doc__ or '').splitlines()[0]}",
         f"- Data: `{_short(str(data.shards))}`",
-        f"- Training: {state['step']} optimizer steps, {state['samples']} samples (an image counts each "
-        "time it is seen)",
+        f"- Training: {state['step']} optimizer steps, {state['samples']} samples "
+        f"({'a row' if text else 'an image'} counts each time it is seen)",
         *_weights_line(recipe, weights),
-        f"- Input: {encoder.in_chans} x {encoder.img_size} x {encoder.img_size} pixels, scaled to [0, 1], "
-        f"then (x - mean) / std with mean {list(data.mean)}, std {list(data.std)}; short side resized "
-        "(bicubic), centre crop",
+        _input_line(recipe),
         f"- Feature: {encoder.embed_dim} numbers, {described.feature}",
         *(f"- {key.replace('_', ' ')}: `{json.dumps(value)}`" for key, value in facts.items()),
         "",
         "## Load",
         "",
-        "`DIR` is this folder; images are float32, normalised as above.",
+        "`DIR` is this folder" + ("." if text else "; images are float32, normalised as above."),
         "",
         *(line for block in usage.code for line in ("```python", block.strip(), "```", "")),
         *(line for remark in usage.remarks for line in (remark, "")),
@@ -117,8 +125,14 @@ class Described(NamedTuple):
     """What a feature is, a phrase."""
 
 
-def describe(encoder: EncoderConfig) -> Described:
+def describe(encoder: AnyEncoderConfig) -> Described:
     """Architecture and feature, for a card."""
+    if isinstance(encoder, TextConfig):
+        dim, depth, heads = encoder.embed_dim, encoder.depth, encoder.num_heads
+        causal = "causal " if encoder.causal else ""
+        shape = f"width {dim}, {depth} blocks, {heads} heads, {encoder.vocab_size} tokens"
+        sentence = f"A {causal}transformer over tokens ({shape})"
+        return Described(f"{encoder.name} {dim}/{depth}/{heads}", encoder.name, sentence, TEXT_POOLING[encoder.pool])
     if isinstance(encoder, ViTConfig):
         dim, depth, heads = encoder.embed_dim, encoder.depth, encoder.num_heads
         return Described(
@@ -133,6 +147,18 @@ def describe(encoder: EncoderConfig) -> Described:
         stem = ", but with a 3x3 convolution of stride 1 and no max-pool for a stem (Chen et al. 2020, B.9),"
     pooling = "as timm pools what the last layer gives"
     return Described(title, encoder.model, f"timm's {encoder.model}{stem}", pooling)
+
+
+def _input_line(recipe: Recipe) -> str:
+    encoder, data = recipe.encoder, recipe.data
+    if isinstance(encoder, TextConfig):
+        wrap = {"bert": "`[CLS] text [SEP]`", "gpt": "`text [SEP]`"}[recipe.objective.wrap]
+        return f"- Input: up to {encoder.max_length} tokens, each document as {wrap} of its tokenizer"
+    return (
+        f"- Input: {encoder.in_chans} x {encoder.img_size} x {encoder.img_size} pixels, scaled to [0, 1], "
+        f"then (x - mean) / std with mean {list(data.mean)}, std {list(data.std)}; short side resized "
+        "(bicubic), centre crop"
+    )
 
 
 def _weights_line(recipe: Recipe, weights: Weights) -> list[str]:
@@ -158,5 +184,7 @@ def _short(shards: str) -> str:
 def _recipe_yaml(recipe: Recipe) -> str:
     """The sections that make the result (not `run`), with the data's path shortened."""
     content = recipe.model_dump(mode="json", exclude={"run"})
-    content["data"]["shards"] = _short(str(recipe.data.shards))
+    for key in {"shards", "tokenizer"} & content["data"].keys():
+        if content["data"][key] is not None:
+            content["data"][key] = _short(content["data"][key])
     return yaml.safe_dump(content, sort_keys=False).strip()

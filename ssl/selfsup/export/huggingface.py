@@ -170,8 +170,8 @@ def reload_in_transformers(folder: Path, kind: str, options: dict[str, Any], out
             folder,
             output_loading_info=True,
             use_safetensors=True,
-            attn_implementation="sdpa",  # the eager one computes its softmax in float32, in float64 too
-            **options,
+            # Not the eager one, which computes its softmax in float32, in float64 too.
+            **{"attn_implementation": "sdpa", **options},
         )
 
     with quiet_transformers():

@@ -1,4 +1,4 @@
-"""The ViT's tensors under the names and in the shapes of other libraries. Ours are timm's."""
+"""Our tensors under the names and in the shapes of other libraries. The ViT's are timm's."""
 
 import re
 
@@ -48,13 +48,15 @@ def with_qkv_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return zeros | weights
 
 
-def split_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The fused `attn.qkv` (3d rows) as `attn.query`, `attn.key`, `attn.value` (d rows each)."""
+def split_qkv(weights: dict[str, Tensor], heads: tuple[int, int, int] = (1, 1, 1)) -> dict[str, Tensor]:
+    """The fused `attn.qkv` as `attn.query`, `attn.key`, `attn.value`; heads: how many each has, or their ratio."""
     split = {}
     for name, tensor in weights.items():
         if ".attn.qkv." not in name:
             split[name] = tensor
             continue
-        for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+        head = len(tensor) // sum(heads)
+        parts = tensor.split([head * count for count in heads])
+        for part, rows in zip(("query", "key", "value"), parts, strict=True):
             split[name.replace("qkv", part)] = rows.clone()  # safetensors saves no shared memory
     return split

@@ -41,6 +41,7 @@ from selfsup.export.verify import (
 from selfsup.export.write import (
     ExportReport,
     destination,
+    expect_images,
     read_state,
     refuse,
     staged,
@@ -82,7 +83,7 @@ def export_timm(source: Path, out: Path | None = None, weights: Weights = "train
     reloaded model's outputs differ (see `verify`).
     """
     encoder, recipe, checkpoint, passed_over = load_encoder(source, weights)
-    _refuse(recipe.encoder)
+    _refuse(expect_images("timm", recipe.encoder))
     state, usage = read_state(checkpoint), _usage(recipe)
     final = destination("timm", checkpoint, state["step"], out, weights)
     with staged(final) as tmp:

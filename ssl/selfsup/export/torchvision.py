@@ -25,6 +25,7 @@ from selfsup.export.verify import (
 from selfsup.export.write import (
     ExportReport,
     destination,
+    expect_images,
     read_state,
     refuse,
     staged,
@@ -86,7 +87,7 @@ def export_torchvision(source: Path, out: Path | None = None, weights: Weights =
     Raises ValueError also for an encoder that torchvision cannot express.
     """
     encoder, recipe, checkpoint, passed_over = load_encoder(source, weights)
-    _refuse(recipe.encoder)
+    _refuse(expect_images("torchvision", recipe.encoder))
     state, usage = read_state(checkpoint), _usage(recipe)
     final = destination("torchvision", checkpoint, state["step"], out, weights)
     with staged(final) as tmp:

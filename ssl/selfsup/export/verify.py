@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from selfsup.encoders import Encoder, EncoderConfig
@@ -49,7 +49,7 @@ class Reloaded(NamedTuple):
     module: nn.Module
     """In eval mode, on the CPU, float32."""
     outputs: Callable[[Any, Tensor], Outputs]
-    """(module, images) -> what is compared, in the order of our own."""
+    """(module, images or tokens) -> what is compared, in the order of our own."""
 
 
 def compare(
@@ -57,21 +57,22 @@ def compare(
     model: nn.Module,
     outputs: Callable[[Any, Tensor], Outputs],
     reloaded: list[Reloaded],
-    images: Float[Tensor, "b c h w"],
+    inputs: Float[Tensor, "b c h w"] | Int[Tensor, "b n"],
 ) -> tuple[Check, ...]:
     """Compares the trained `model` (eval mode, CPU) with every reloaded one, in float32 and float64.
 
-    outputs: (model, images) -> what is compared. Matrix products at precision `highest`. `model` and
-    the reloaded modules are left in float32. Raises ValueError where shapes differ or a difference
-    exceeds TOLERANCE x max(1, largest output).
+    outputs: (model, inputs) -> what is compared; inputs: images, or tokens. Matrix products at precision
+    `highest`. `model` and the reloaded modules are left in float32. Raises ValueError where shapes differ or
+    a difference exceeds TOLERANCE x max(1, largest output).
     """
     checks = []
     with _highest_precision(), torch.inference_mode():
         for dtype, tolerance in TOLERANCE.items():
-            ours = outputs(model.to(dtype), images.to(dtype))
+            typed = inputs.to(dtype) if inputs.is_floating_point() else inputs
+            ours = outputs(model.to(dtype), typed)
             model.float()  # before the next model is widened: a ViT-huge in float64 is 5 GB
             for library, module, their_outputs in reloaded:
-                theirs = their_outputs(module.to(dtype), images.to(dtype))
+                theirs = their_outputs(module.to(dtype), typed)
                 module.float()
                 checks.append(check_outputs(folder, library, ours, theirs, tolerance))
     return tuple(checks)
@@ -130,7 +131,7 @@ def mae_outputs(model: MAE, images: Float[Tensor, "b c h w"], noise: Float[Tenso
 def expect_mae(to: str, objective: nn.Module, recipe: Recipe) -> None:
     """Raises ValueError where the objective is another than masked autoencoding."""
     if not isinstance(objective, MAE):
-        others = "--to timm or --to hf" if isinstance(recipe.encoder, ViTConfig) else "--to timm"
+        others = {"vit": "--to timm or --to hf", "text": "--to hf"}.get(recipe.encoder.name, "--to timm")
         raise ValueError(
             f"--to {to}: expected objective.name mae, got {recipe.objective.name}; NOT exported, export its "
             f"encoder with {others}"

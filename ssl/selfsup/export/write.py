@@ -14,7 +14,8 @@ from torch import Tensor
 
 from selfsup.checkpoint import Weights, weights_suffix
 from selfsup.durable import fsync_path
-from selfsup.encoders import EncoderConfig
+from selfsup.encoders import AnyEncoderConfig, EncoderConfig
+from selfsup.encoders.text import TextConfig
 from selfsup.encoders.vit import ViTConfig
 from selfsup.export.verify import Check
 
@@ -87,9 +88,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def expect_vit(to: str, encoder: EncoderConfig) -> ViTConfig:
+def expect_images(to: str, encoder: AnyEncoderConfig) -> EncoderConfig:
+    """The encoder's config, where it reads images. Raises ValueError for one of text."""
+    if isinstance(encoder, TextConfig):
+        raise ValueError(
+            f"--to {to}: encoder.name is text, expected an encoder of images; NOT exported, use --to hf"
+        )
+    return encoder
+
+
+def expect_vit(to: str, encoder: AnyEncoderConfig) -> ViTConfig:
     """The encoder's config, where it is our ViT. Raises ValueError for a backbone of timm's: the target
     builds only vision transformers with the names it knows."""
+    encoder = expect_images(to, encoder)
     if not isinstance(encoder, ViTConfig):
         raise ValueError(
             f"--to {to}: encoder.name is timm ({encoder.model}), expected vit; NOT exported, use --to timm"

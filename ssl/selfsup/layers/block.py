@@ -1,6 +1,6 @@
-"""The pre-norm transformer block and its parts, with timm's parameter names."""
+"""The transformer block and its parts, with timm's parameter names: one for images and text."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from selfsup.attention.dispatch import AttentionName
-from selfsup.layers.attention import Attention
+from selfsup.layers.attention import Attention, LayerCache, Scope
 from selfsup.layers.rope import Rotation
 
 LAYER_NORM_EPS = 1e-6  # timm's and MAE's; Hugging Face's ViT must be told so
 
-ActivationName = Literal["gelu", "quick_gelu"]
+ActivationName = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+NormName = Literal["layer", "rms"]
 
 
 class QuickGELU(nn.Module):
@@ -23,14 +24,40 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU, or CLIP's quick one, between them."""
+class SwiGLU(nn.Module):
+    """silu(gate) * value of the two halves of the channels, gate first (Shazeer 2020)."""
 
-    def __init__(self, dim: int, hidden_dim: int, activation: ActivationName):
+    def forward(self, x: Float[Tensor, "*b d2"]) -> Float[Tensor, "*b d"]:
+        gate, value = x.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * value
+
+
+def activation_module(name: ActivationName) -> nn.Module:
+    """gelu: the exact (erf) one; gelu_tanh: its approximation, BERT's and GPT-2's own."""
+    match name:
+        case "gelu":
+            return nn.GELU()
+        case "gelu_tanh":
+            return nn.GELU(approximate="tanh")
+        case "quick_gelu":
+            return QuickGELU()
+        case "swiglu":
+            return SwiGLU()
+
+
+def norm_module(name: NormName, dim: int, eps: float, bias: bool) -> nn.Module:
+    """LayerNorm, or RMSNorm (Zhang & Sennrich 2019), which has no bias."""
+    return nn.RMSNorm(dim, eps=eps) if name == "rms" else nn.LayerNorm(dim, eps=eps, bias=bias)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them; swiglu takes twice the channels of the first."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: ActivationName, bias: bool):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU() if activation == "gelu" else QuickGELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim if activation == "swiglu" else hidden_dim, bias=bias)
+        self.act = activation_module(activation)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.fc2(self.act(self.fc1(x)))
@@ -62,38 +89,82 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class BlockOptions(NamedTuple):
+    """What a block is made of."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        drop_path: float,
-        attention: AttentionName,
-        activation: ActivationName = "gelu",
-        layer_scale: float | None = None,
-    ):
+    dim: int
+    num_heads: int
+    hidden_dim: int
+    """Of the MLP."""
+    num_kv_heads: int | None = None
+    """None: as many as num_heads."""
+    qkv_bias: bool = True
+    bias: bool = True
+    """In the attention's output, the MLP and the norms."""
+    norm: NormName = "layer"
+    eps: float = LAYER_NORM_EPS
+    post_norm: bool = False
+    """Norms behind the residual sums, as in the first transformer and BERT, not before the branches."""
+    activation: ActivationName = "gelu"
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    """Of attention weights and of each branch's output."""
+    causal: bool = False
+    attention: AttentionName = "reference"
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with post_norm norm(x + attention(x)), norm(x + mlp(x))."""
+
+    def __init__(self, options: BlockOptions):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(dim, num_heads, qkv_bias, attention)
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation)
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.drop_path = DropPath(drop_path)
+        o = options
+        self.norm1 = norm_module(o.norm, o.dim, o.eps, o.bias)
+        self.attn = Attention(
+            o.dim,
+            o.num_heads,
+            o.num_heads if o.num_kv_heads is None else o.num_kv_heads,
+            o.qkv_bias,
+            o.bias,
+            o.causal,
+            o.dropout,
+            o.attention,
+        )
+        self.ls1 = nn.Identity() if o.layer_scale is None else LayerScale(o.dim, o.layer_scale)
+        self.norm2 = norm_module(o.norm, o.dim, o.eps, o.bias)
+        self.mlp = Mlp(o.dim, o.hidden_dim, o.activation, o.bias)
+        self.ls2 = nn.Identity() if o.layer_scale is None else LayerScale(o.dim, o.layer_scale)
+        self.drop_path = DropPath(o.drop_path)
+        self.dropout = nn.Dropout(o.dropout)
+        self.post_norm = o.post_norm
         self.checkpoint = False
         """Keep only the input for the backward pass and compute the rest again there (Chen et al. 2016), with
         the same random numbers: the same gradients, less memory, one more forward pass."""
 
-    def forward(self, x: Float[Tensor, "b n d"], rotation: Rotation | None = None) -> Float[Tensor, "b n d"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        rotation: Rotation | None = None,
+        scope: Scope = Scope(),
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "b n d"]:
         if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self.residuals, x, rotation, use_reentrant=False, preserve_rng_state=True)
-        return self.residuals(x, rotation)
+            return checkpoint(
+                self.residuals, x, rotation, scope, cache, use_reentrant=False, preserve_rng_state=True
+            )
+        return self.residuals(x, rotation, scope, cache)
 
-    def residuals(self, x: Float[Tensor, "b n d"], rotation: Rotation | None) -> Float[Tensor, "b n d"]:
+    def residuals(
+        self, x: Float[Tensor, "b n d"], rotation: Rotation | None, scope: Scope, cache: LayerCache | None
+    ) -> Float[Tensor, "b n d"]:
         """The block itself, without checkpointing."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotation)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        if self.post_norm:
+            x = self.norm1(x + self.branch(self.ls1(self.attn(x, rotation, scope, cache))))
+            return self.norm2(x + self.branch(self.ls2(self.mlp(x))))
+        x = x + self.branch(self.ls1(self.attn(self.norm1(x), rotation, scope, cache)))
+        return x + self.branch(self.ls2(self.mlp(self.norm2(x))))
+
+    def branch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """A residual branch's output, with what is dropped of it in training."""
+        return self.drop_path(self.dropout(x))

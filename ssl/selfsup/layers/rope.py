@@ -40,3 +40,28 @@ def rotate(x: Float[Tensor, "b h n c"], rotation: Rotation) -> Float[Tensor, "b 
     cos, sin = (part.to(x.dtype).unsqueeze(-3) for part in rotation)  # (*b, 1, n, c)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def rotation_1d(head_dim: int, length: int, base: float = 10000.0) -> Rotation:
+    """Angles of positions 0 .. length - 1, float32 (length, head_dim): position * base^(-2 i / head_dim)
+    for channel pair (i, i + head_dim / 2) (Su et al. 2021, in the layout of transformers' Llama).
+
+    Raises ValueError for an odd head_dim.
+    """
+    if head_dim % 2:
+        raise ValueError(f"rotary positions need an even number of channels a head, got {head_dim}")
+    frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (c/2,)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency  # (length, c/2)
+    angles = torch.cat([angle, angle], dim=1)
+    return Rotation(angles.cos().float(), angles.sin().float())
+
+
+def alibi_slopes(num_heads: int) -> Float[Tensor, " h"]:
+    """What a step of distance takes off each head's scores: 2^(-8 i / h) for i = 1 .. h where h is a power
+    of two; else those of the next lower power, then every second one of the next higher (Press et al. 2022)."""
+    lower = 1 << (num_heads.bit_length() - 1)
+
+    def of(h: int) -> list[float]:
+        return [2.0 ** (-8 * i / h) for i in range(1, h + 1)]
+
+    return torch.tensor(of(lower) + of(2 * lower)[0::2][: num_heads - lower])

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from selfsup.batch import ImageBatch, normalise
 from selfsup.data.decode import decode_image
-from selfsup.data.images import EvalImages, load
+from selfsup.data.images import EvalImages
 from selfsup.data.index import ShardIndex
+from selfsup.data.loader import load
 from selfsup.data.reader import ShardReader
 from selfsup.data.views import augment
 from selfsup.look.attention import attention_maps, no_attention, patch_maps

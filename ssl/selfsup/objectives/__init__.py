@@ -5,7 +5,13 @@ from typing import Annotated
 from pydantic import Field
 
 from selfsup.objectives.byol import BYOLConfig
+from selfsup.objectives.clm import CLMConfig
 from selfsup.objectives.mae import MAEConfig
+from selfsup.objectives.mlm import MLMConfig
 from selfsup.objectives.simclr import SimCLRConfig
 
-ObjectiveConfig = Annotated[MAEConfig | SimCLRConfig | BYOLConfig, Field(discriminator="name")]
+__all__ = ["BYOLConfig", "CLMConfig", "MAEConfig", "MLMConfig", "ObjectiveConfig", "SimCLRConfig"]
+
+ObjectiveConfig = Annotated[
+    MAEConfig | SimCLRConfig | BYOLConfig | MLMConfig | CLMConfig, Field(discriminator="name")
+]

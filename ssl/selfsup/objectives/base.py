@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from selfsup import dist
-from selfsup.batch import ImageBatch
+from selfsup.batch import ImageBatch, TextBatch
+from selfsup.data.tokenizer import TextTokenizer
 from selfsup.data.views import ViewBatch
 
 
@@ -26,7 +27,7 @@ class Objective(nn.Module):
     projector: nn.Module | None
     """Features -> the embeddings that the loss compares; none: it compares something else."""
 
-    def forward(self, batch: ImageBatch | ViewBatch, total: float) -> Output:
+    def forward(self, batch: ImageBatch | ViewBatch | TextBatch, total: float) -> Output:
         """`total`: the number of targets in the global batch, over ranks and micro-batches."""
         raise NotImplementedError
 
@@ -42,6 +43,10 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Pictures for TensorBoard, name -> float (3, h, w) in [0, 1]; default none."""
         return {}
+
+    def shown(self, batch: TextBatch, tokenizer: TextTokenizer) -> str:
+        """Predictions on a batch of text as a table for people; default none."""
+        return ""
 
 
 def global_mean(local_sum: Tensor, total: float) -> Tensor:

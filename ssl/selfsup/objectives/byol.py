@@ -25,6 +25,7 @@ from selfsup.objectives.heads import byol_mlp
 class BYOLConfig(Section):
     """Bootstrap: predict how a moving average of oneself sees another view of the image."""
 
+    reads: ClassVar[str] = "images"
     views: ClassVar[int] = 2
     accumulates: ClassVar[bool] = True
 

@@ -19,7 +19,7 @@ from selfsup.config import Section
 from selfsup.encoders.timm import TimmConfig
 from selfsup.encoders.vit import ViT, ViTConfig, init_linear_layers
 from selfsup.keyed import Purpose, random_bits
-from selfsup.layers.block import LAYER_NORM_EPS, Block
+from selfsup.layers.block import LAYER_NORM_EPS, Block, BlockOptions
 from selfsup.layers.patch_embed import sincos_2d
 from selfsup.objectives.base import Objective, Output, global_mean
 from selfsup.objectives.masking import num_visible, random_masking
@@ -28,6 +28,7 @@ from selfsup.objectives.masking import num_visible, random_masking
 class MAEConfig(Section):
     """Masked autoencoding of images."""
 
+    reads: ClassVar[str] = "images"
     views: ClassVar[int] = 1
     accumulates: ClassVar[bool] = True
 
@@ -121,7 +122,11 @@ class MAEDecoder(nn.Module):
         positions = torch.zeros(1, prefix + encoder.num_patches, dim)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(dim, config.decoder_num_heads, encoder.mlp_ratio, True, 0.0, attention)
+            Block(
+                BlockOptions(
+                    dim, config.decoder_num_heads, int(dim * encoder.mlp_ratio), attention=attention
+                )
+            )
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)

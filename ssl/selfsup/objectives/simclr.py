@@ -26,6 +26,7 @@ from selfsup.objectives.heads import simclr_projector
 class SimCLRConfig(Section):
     """Contrastive learning: find the other view of the same image among all others."""
 
+    reads: ClassVar[str] = "images"
     views: ClassVar[int] = 2
     accumulates: ClassVar[bool] = False
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from selfsup.batch import normalise
 from selfsup.checkpoint import Weights, weights_suffix, weights_title
 from selfsup.data.decode import decode_image
-from selfsup.data.images import EvalImages, ImageData, load
+from selfsup.data.images import EvalImages, ImageData
 from selfsup.data.index import ShardIndex, open_shards
+from selfsup.data.loader import load
 from selfsup.data.reader import ShardReader
 from selfsup.data.views import augment
 from selfsup.durable import write_atomically

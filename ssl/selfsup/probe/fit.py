@@ -72,11 +72,12 @@ def fit(
     bf16: bool,
     title: str,
     mix: Callable[[Tensor, Tensor], Batch] | None = None,
+    clip: float | None = None,
 ) -> float:
     """Trains `module` in place by cross-entropy; returns the mean loss of the last tenth of the steps.
 
     lr: learning rate by step, times a group's `lr_scale` where it has one. mix: random changes to a
-    batch. The generators are seeded by (seed, step) when a batch is there, whatever loading it drew.
+    batch. clip: largest norm of the whole gradient. The generators are seeded by (seed, step) when a batch is there, whatever loading it drew.
     Raises ValueError for a loss that is not finite.
     """
     module.train()
@@ -94,6 +95,8 @@ def fit(
         loss = F.cross_entropy(logits.float(), targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
         losses.append(loss.detach())
         if len(losses) % 50 == 0 or len(losses) == steps:  # not at every step: a GPU would wait

@@ -16,6 +16,7 @@ from selfsup.batch import normalise
 from selfsup.data.images import EvalImages
 from selfsup.data.index import ShardIndex
 from selfsup.data.order import sample_order
+from selfsup.data.rows import Rows
 from selfsup.data.views import augment
 from selfsup.probe.features import Features
 from selfsup.probe.representation import alignment, feature_std, rankme, uniformity
@@ -44,12 +45,17 @@ def fixed_rows(n: int, count: int) -> Int64[np.ndarray, " m"]:
     return sample_order(0, 2**32 - 1, np.arange(min(n, count), dtype=np.int64), n, "shuffled")
 
 
-def open_monitor(recipe: Recipe, index: ShardIndex | None, device: torch.device) -> "OnlineMonitor | None":
+def open_monitor(
+    recipe: Recipe, index: ShardIndex | Rows | None, device: torch.device
+) -> "OnlineMonitor | None":
     """The monitor of a run, or None where there can be none. Prints what it measures, or why not.
 
     For rank 0 alone, through `dist.on_first_rank`: it raises ValueError for a sample that cannot be
     read or decoded.
     """
+    if isinstance(index, Rows):
+        print("monitor    off: it measures encoders of images, this is one of text", flush=True)
+        return None
     if index is None:
         print("monitor    off: it needs to find its images again, and data.index is none", flush=True)
         return None

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from selfsup.checkpoint import Weights, weights_suffix, weights_title
 from selfsup.durable import write_atomically
-from selfsup.export.frozen import FrozenEncoder
 from selfsup.probe.hparams import write_hparams
-from selfsup.probe.sources import run_folder
+from selfsup.probe.sources import Probed, run_folder
 
 ROWS = {
     "pixels": "raw pixels",
+    "majority": "commonest class",
+    "tfidf": "TF-IDF of the words",
     "random": "random initialisation",
     "scratch": "trained from scratch",
     "pretrained": "pretrained",
@@ -31,14 +32,15 @@ COLUMNS = {
     "linear": "linear probe",
     "attentive": "attentive probe",
     "finetune": "fine-tuned",
+    "constant": "one answer",
 }
 
-REPRESENTATION = "representation-"
-"""What the names of results without accuracies begin with (`selfsup probe representation`)."""
+REPRESENTATION, PERPLEXITY = "representation-", "perplexity-"
+"""What the names of results without accuracies begin with (`selfsup probe representation`, `perplexity`)."""
 
 Mode = Literal["fast", "paper"]
-"""fast: features computed once, no augmentation; paper: augmented views at every step. Numbers of
-different modes answer different questions and are never put side by side."""
+"""fast: features computed once, no augmentation; paper: augmented views at every step (of text: dropout).
+Numbers of different modes answer different questions and are never put side by side."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class ProbeResult:
     """Everything a probe measured and how."""
 
     probe: str
-    """frozen, linear, attentive, finetune or fewshot."""
+    """frozen, linear, attentive, finetune or fewshot; text or text-finetune."""
     mode: Mode
     scores: dict[str, dict[str, Score]]
     """Kind of feature (see ROWS) -> probe (see COLUMNS; few-shot ones as logreg-5) -> score."""
@@ -106,7 +108,7 @@ def file_stem(result: ProbeResult, checkpoint: Path) -> str:
     """PROBE-MODE-step-N-DATA-RECIPE, then the number of runs and the weights: what differs never shares a file."""
     data = [result.data[part]["fingerprint"] for part in ("train", "test")]
     how = [result.recipe, [source["seed"] for source in result.sources]]
-    stem = f"{result.probe}-{result.mode}-{checkpoint.name}-{_short_hash(data)}-{_short_hash(how)}"
+    stem = f"{result.probe}-{result.mode}-{checkpoint.name}-{short_hash(data)}-{short_hash(how)}"
     runs = len(result.sources)
     return stem + (f"-{runs}-seeds" if runs > 1 else "") + weights_suffix(_weights(result))
 
@@ -116,12 +118,12 @@ def _weights(result: ProbeResult) -> Weights:
     return result.sources[0].get("weights", "trained")
 
 
-def _short_hash(content: Any) -> str:
+def short_hash(content: Any) -> str:
     """Eight digits that tell JSON values apart."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def publish(result: ProbeResult, encoder: FrozenEncoder, out: Path | None, console: Console) -> None:
+def publish(result: ProbeResult, encoder: Probed, out: Path | None, console: Console) -> None:
     """Prints the table, writes the JSON (`out`, else into the run folder) and the run's HParams line.
 
     encoder: the first source. Says what was not written, and why. Raises ValueError where a file
@@ -185,12 +187,13 @@ def main_show(files: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FI
     """Print results of probes: a table for each mode and each data set, which are not compared.
 
     Args:
-        files: JSON files from RUN/probe; those named representation-… are passed over.
+        files: JSON files from RUN/probe; those named representation-… and perplexity-… are passed over.
     """
     results = []
     for path in files:
-        if path.name.startswith(REPRESENTATION):
-            print(f"{path}: passed over, it holds no accuracies; it is of selfsup probe representation")
+        if path.name.startswith((REPRESENTATION, PERPLEXITY)):
+            kind = path.name.partition("-")[0]
+            print(f"{path}: passed over, it holds no accuracies; it is of selfsup probe {kind}")
         else:
             results.append(load_result(path))
     if not results:
@@ -227,7 +230,8 @@ def print_results(results: Sequence[ProbeResult], console: Console) -> None:
 def _table(results: Sequence[ProbeResult]) -> Table:
     """A row for each result, kind of feature and number of images a class; a column for each probe."""
     data, mode = results[0].data, results[0].mode
-    counts = f"{data['train']['samples']} training, {data['test']['samples']} test images"
+    unit = data["test"].get("unit", "images")
+    counts = f"{data['train']['samples']} training, {data['test']['samples']} test {unit}"
     table = Table(title=f"accuracy, %, mode {mode}", caption=f"{counts}, {data['train']['classes']} classes")
     table.add_column("features")
     names = [name for r in results for scores in r.scores.values() for name in scores]

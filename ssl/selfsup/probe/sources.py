@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,10 +14,15 @@ import tyro
 
 from selfsup.checkpoint import Weights
 from selfsup.data.index import ShardIndex, open_shards
+from selfsup.data.tokens import TokenIndex
 from selfsup.export.frozen import FrozenEncoder
 from selfsup.export.load import load_frozen
 from selfsup.memory import keep_freed_memory
 from selfsup.probe.features import Device, choose_device
+from selfsup.text.load import TextRun
+
+Probed = FrozenEncoder | TextRun
+"""What a probe is of: images or text."""
 
 Baseline = Literal["pixels", "random"]
 """pixels: the raw image as the feature; random: the encoder as initialised, never trained."""
@@ -49,22 +55,32 @@ class Setup:
     """Matrix products in bfloat16 (autocast)."""
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds: expected one or more different seeds, got {_spaced(self.seeds)}")
-        if not all(0 <= seed < 2**32 for seed in self.seeds):
-            raise ValueError(f"--seeds: expected 0 <= seed < 2**32, got {_spaced(self.seeds)}")
+        expect_seeds(self.seeds)
         expect(self.threads is None or self.threads >= 1, "--threads", ">= 1", self.threads)
         expect(self.workers >= 0, "--workers", ">= 0", self.workers)
         expect_new(self.out)
 
     def start(self) -> torch.device:
         """Sets the number of threads; the device. Raises ValueError for cuda where there is none."""
-        device = choose_device(self.device)
-        if device.type == "cpu":
-            keep_freed_memory()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        return device
+        return start_computing(self.device, self.threads)
+
+
+def start_computing(asked: Device, threads: int | None) -> torch.device:
+    """Sets the number of threads; the device. Raises ValueError for cuda where there is none."""
+    device = choose_device(asked)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return device
+
+
+def expect_seeds(seeds: tuple[int, ...]) -> None:
+    """Raises ValueError for none, for one given twice, and for one out of range."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds: expected one or more different seeds, got {_spaced(seeds)}")
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"--seeds: expected 0 <= seed < 2**32, got {_spaced(seeds)}")
 
 
 def _spaced(seeds: tuple[int, ...]) -> str:
@@ -116,6 +132,12 @@ def load_sources(sources: tuple[str, ...], weights: Weights = "trained") -> list
     for encoder in encoders:
         for note in encoder.notes:
             print(note, file=sys.stderr)
+    check_averaged(encoders)
+    return encoders
+
+
+def check_averaged(encoders: Sequence[Probed]) -> None:
+    """Raises ValueError for several that are not runs of one recipe, at one step, each with a seed of its own."""
     first, rest = encoders[0], encoders[1:]
     seeds: dict[int, str] = {}
     for encoder in encoders if rest else []:
@@ -134,17 +156,16 @@ def load_sources(sources: tuple[str, ...], weights: Weights = "trained") -> list
                 f"{encoder.name}: has the seed of {seeds[seed]}, {seed}; give runs of different seeds"
             )
         seeds[seed] = encoder.name
-    return encoders
 
 
-def _comparable(encoder: FrozenEncoder) -> dict[str, Any]:
+def _comparable(encoder: Probed) -> dict[str, Any]:
     """What runs that are averaged must share."""
     assert encoder.recipe is not None
     sections = encoder.recipe.model_dump(mode="json", exclude={"run", "seed"})
     return {**sections, "step": _state(encoder)["step"]}
 
 
-def _state(encoder: FrozenEncoder) -> dict[str, Any]:
+def _state(encoder: Probed) -> dict[str, Any]:
     """state.json of the encoder's checkpoint; empty without one."""
     return json.loads((encoder.checkpoint / "state.json").read_text()) if encoder.checkpoint else {}
 
@@ -173,11 +194,7 @@ def open_labelled(train: str, test: str) -> Labelled:
     set has fewer than two classes.
     """
     indices = open_shards(train), open_shards(test)
-    _check_labels(*indices)
-    labels = np.unique(indices[0].label)
-    if len(labels) < 2:
-        raise ValueError(f"--train {train}: expected two classes or more, got {len(labels)}")
-    return Labelled(*indices, int(max(index.label.max() for index in indices)) + 1)
+    return Labelled(*indices, check_labels(*indices))
 
 
 def pixels_too_large(encoder: FrozenEncoder, train: ShardIndex, test: ShardIndex) -> str | None:
@@ -188,14 +205,20 @@ def pixels_too_large(encoder: FrozenEncoder, train: ShardIndex, test: ShardIndex
     return f"left out, would take {needed / 2**30:.1f} GiB (limit {PIXEL_LIMIT / 2**30:.0f})"
 
 
-def _check_labels(train: ShardIndex, test: ShardIndex) -> None:
-    """Raises ValueError where labels are missing or the two sets do not belong together."""
+def check_labels(train: ShardIndex | TokenIndex, test: ShardIndex | TokenIndex) -> int:
+    """How many classes there are: labels are below it.
+
+    Raises ValueError where labels are missing, the two sets do not belong together, or the training set has
+    fewer than two classes.
+    """
     for option, index in (("--train", train), ("--test", test)):
         missing = np.flatnonzero(index.label < 0)
         if len(missing):
+            row = int(missing[0])
+            first = index.key(row) if isinstance(index, ShardIndex) else f"document {row}"
             raise ValueError(
                 f"{option} {index.folder}: {len(missing)} of {len(index)} samples have no label, first "
-                f"{index.key(int(missing[0]))}; a probe needs them all: pack images in one folder per class"
+                f"{first}; a probe needs them all: pack the samples in one folder per class"
             )
     if train.fingerprint == test.fingerprint:
         raise ValueError(f"--test {test.folder}: holds the same samples as --train; give other shards")
@@ -205,9 +228,13 @@ def _check_labels(train: ShardIndex, test: ShardIndex) -> None:
             f"--test {test.folder}: its classes are not those of --train, so that labels would be mixed up: "
             f"{len(unlike)} differ, first {unlike[0]}; pack both with the same class folders"
         )
+    labels = np.unique(train.label)
+    if len(labels) < 2:
+        raise ValueError(f"--train {train.folder}: expected two classes or more, got {len(labels)}")
+    return int(max(train.label.max(), test.label.max())) + 1
 
 
-def describe_source(encoder: FrozenEncoder) -> dict[str, Any]:
+def describe_source(encoder: Probed) -> dict[str, Any]:
     """Name, checkpoint, weights, feature, seed, step and recipe of an encoder, JSON values."""
     state = _state(encoder)
     return {
@@ -222,7 +249,7 @@ def describe_source(encoder: FrozenEncoder) -> dict[str, Any]:
     }
 
 
-def describe_data(shards: str, index: ShardIndex) -> dict[str, Any]:
+def describe_data(shards: str, index: ShardIndex | TokenIndex) -> dict[str, Any]:
     """Where the samples are, their fingerprint and counts, JSON values."""
     return {
         "shards": shards,
@@ -232,7 +259,7 @@ def describe_data(shards: str, index: ShardIndex) -> dict[str, Any]:
     }
 
 
-def run_folder(encoder: FrozenEncoder) -> Path | None:
+def run_folder(encoder: Probed) -> Path | None:
     """The run folder that holds the encoder's checkpoint; None for one that lies elsewhere."""
     if encoder.checkpoint is None or encoder.checkpoint.absolute().parent.name != "checkpoints":
         return None

@@ -78,7 +78,7 @@ def supervised(
     return ProbeResult(
         probe=probe,
         mode=mode,
-        scores={row: _scores(found, setup.seeds, len(encoders) > 1) for row, found in trials.items()},
+        scores={row: trial_scores(found, setup.seeds, len(encoders) > 1) for row, found in trials.items()},
         spread=(
             "runs, each the mean over the seeds of the probe" if len(encoders) > 1 else "seeds of the probe"
         ),
@@ -117,7 +117,7 @@ def pixel_encoder(like: FrozenEncoder) -> FrozenEncoder:
     )
 
 
-def _scores(found: list[list[Trial]], seeds: tuple[int, ...], by_run: bool) -> dict[str, Score]:
+def trial_scores(found: list[list[Trial]], seeds: tuple[int, ...], by_run: bool) -> dict[str, Score]:
     """found: trials by seed, for each encoder. by_run: a value for each encoder, else for each seed."""
     scores = {}
     for name in found[0][0].accuracies:

@@ -1,0 +1,82 @@
+"""What tools/shakespeare.py and tools/imdb.py share: a file that may be compressed, and text on its way to tokens."""
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from selfsup.data.index import ShardIndex
+from selfsup.data.pack import Plan, Sample, pack_plan
+from selfsup.data.tokenize import tokenize_shards
+from selfsup.data.tokenizer import Kind, load_tokenizer, train_tokenizer
+from selfsup.data.tokens import TokenIndex, open_tokens
+from selfsup.durable import write_atomically
+
+_OPENERS = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open, b"BZh": bz2.open}
+
+
+def read_text(path: Path, advice: str) -> str:
+    """The text of a UTF-8 file, compressed with xz, gzip or bzip2 or not at all.
+
+    advice: what to do about a file that is not there. Raises ValueError naming the file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {advice}")
+    with open(path, "rb") as file:
+        head = file.read(6)
+    opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), open)
+    try:
+        with opener(path, "rb") as stream:
+            return stream.read().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged ({error}); get it again") from None
+
+
+def pack_texts(documents: list[tuple[str, int, str]], classes: list[str], dest: Path) -> ShardIndex:
+    """Text shards of (key, label, text), label -1 for none; those of an earlier run are kept.
+
+    Raises ValueError where `dest` holds shards of something else.
+    """
+    samples = [Sample(key, "txt", label, text.encode()) for key, label, text in documents]
+    stamps = [[s.key, s.extension, s.label, hashlib.sha256(s.content).hexdigest()] for s in samples]
+    report = pack_plan(Plan(samples, stamps, classes, [], {}, "documents"), dest, 5000, 1)
+    print(report)
+    return report.index
+
+
+def keep_tokenizer(texts: Iterable[str], path: Path, kind: Kind, vocab_size: int) -> None:
+    """Learns a tokenizer, or finds one there, which is not learnt again.
+
+    Raises ValueError where the one that is there is of another kind or size.
+    """
+    if not path.exists():
+        write_atomically(path, train_tokenizer(texts, kind, vocab_size).json.encode())
+    found = load_tokenizer(path)
+    if (found.kind, found.vocab_size) != (kind, vocab_size):
+        raise ValueError(
+            f"{path}: expected a {kind} tokenizer of {vocab_size} tokens, got {found.kind} of {found.vocab_size}; "
+            "remove it and the token shards beside it"
+        )
+    print(f"{found.vocab_size} tokens, {kind}: {path}")
+
+
+def keep_tokens(index: ShardIndex, tokenizer: Path, dest: Path) -> TokenIndex:
+    """Token shards of text shards, or those of an earlier run. Raises ValueError where others are there."""
+    if dest.exists():
+        tokens = open_tokens(str(dest))
+        if tokens.source != index.fingerprint or tokens.tokenizer_sha256 != load_tokenizer(tokenizer).sha256:
+            raise ValueError(f"{dest}: holds tokens of other text or of another tokenizer; remove the folder")
+    else:
+        tokens = tokenize_shards(index, dest, tokenizer)
+    left_out = f", {tokens.empty} without a token left out" if tokens.empty else ""
+    per_token = tokens.bytes.sum() / tokens.tokens
+    print(
+        f"{len(tokens)} documents{left_out}, {tokens.tokens} tokens of {per_token:.2f} bytes, "
+        f"{tokens.unknown} unknown: {dest}"
+    )
+    return tokens
