@@ -17,6 +17,7 @@ import torch
 
 import mutants
 from selfsup import dist, start
+from selfsup.batch import TextBatch
 from selfsup.ema import Ema
 from selfsup.objectives.mae import MAE
 from selfsup.train import main
@@ -56,7 +57,8 @@ def slow_down(seconds: float) -> None:
 
 
 def trace(path: Path) -> None:
-    """Writes what enters the model: epoch, position and row of each sample, CRC32 of its pixels and its mask noise."""
+    """Writes what enters the model: epoch, position and row of each sample, CRC32 of its pixels and its mask noise;
+    of text its number of targets, and the CRC32 of its tokens, masks applied, and of all else about it."""
     opened: dict[str, object] = {}
     original_batches, original_noise = start.open_batches, MAE.noise
 
@@ -69,10 +71,13 @@ def trace(path: Path) -> None:
         inner = original_batches(*arguments)
         try:
             for batch in inner:
-                pixels = [zlib.crc32(image.numpy().tobytes()) for image in batch.images]
+                if isinstance(batch, TextBatch):
+                    content = text_rows(batch)
+                else:
+                    content = [zlib.crc32(image.numpy().tobytes()) for image in batch.images]
                 write(
                     "batch",
-                    list(zip(batch.epoch.tolist(), batch.position.tolist(), batch.index.tolist(), pixels)),
+                    list(zip(batch.epoch.tolist(), batch.position.tolist(), batch.index.tolist(), content)),
                 )
                 yield batch
         finally:
@@ -84,6 +89,19 @@ def trace(path: Path) -> None:
         return drawn
 
     start.open_batches, MAE.noise = open_batches, noise
+
+
+def text_rows(batch: TextBatch) -> list[tuple[int, int]]:
+    """Number of targets and CRC32 of each row."""
+    length, out = batch.tokens.shape[1], []
+    columns = (batch.tokens, batch.document_ids, batch.positions, batch.token_types, batch.random_next)
+    where = torch.arange(batch.tokens.numel()) if batch.where is None else batch.where
+    for row in range(len(batch.tokens)):
+        inside = where // length == row
+        parts = [batch.labels[inside], where[inside] % length]
+        parts += [column[row] for column in columns if column is not None]
+        out.append((int(inside.sum()), zlib.crc32(b"".join(part.numpy().tobytes() for part in parts))))
+    return out
 
 
 def trace_averages(path: Path) -> None:

@@ -8,10 +8,10 @@ import textwrap
 import torch
 
 from selfsup import checkpoint, dist, start, train
-from selfsup.data import views
+from selfsup.data import text, views
 from selfsup.ema import Ema
 from selfsup.encoders.vit import ViT
-from selfsup.objectives import base, byol, mae, simclr
+from selfsup.objectives import base, byol, clm, mae, mlm, simclr
 from selfsup.probe.online import OnlineMonitor
 
 
@@ -278,3 +278,41 @@ def momentum_from_the_resume() -> None:
     """The momentum's schedule counted from where the run went on."""
     original = byol.BYOL.after_step
     byol.BYOL.after_step = lambda self, progress: original(self, max(0.0, progress - 0.5))
+
+
+def tokens_mean_of_means() -> None:
+    """Each micro-batch of text divides by its own number of targets."""
+    for objective in (mlm.MLM, clm.CLM):
+        original = objective.forward
+
+        def forward(self, batch, total, original=original):
+            return original(self, batch, batch.targets * batch.global_batch / len(batch.tokens))
+
+        objective.forward = forward
+
+
+def tokens_no_world_factor() -> None:
+    """The local sum over the global number of tokens, averaged once more by DDP."""
+    mlm.global_mean = clm.global_mean = lambda local_sum, total: local_sum / total
+
+
+def pairs_no_world_factor() -> None:
+    """The same of next-sentence pairs alone."""
+    mlm.MLM.forward = exec_changed(mlm, "MLM.forward", "dist.world_size() / batch", "1 / batch")
+
+
+def pairs_mean_of_means() -> None:
+    """Pairs over those of the micro-batch, as a criterion's own mean has it."""
+    old, new = "dist.world_size() / batch.global_batch", "1 / len(batch.tokens)"
+    mlm.MLM.forward = exec_changed(mlm, "MLM.forward", old, new)
+
+
+def masks_from_a_generator() -> None:
+    """Which tokens are masked depends on what was drawn before."""
+    original = text.mask_tokens
+
+    def mask_tokens(*arguments):
+        drawn = int(torch.randint(2**31, ()).item())
+        return original(*arguments[:4], drawn, *arguments[5:])
+
+    text.mask_tokens = mask_tokens

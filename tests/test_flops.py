@@ -1,4 +1,4 @@
-"""FLOPs of encoders and text objectives: closed forms against torch's counter, the counter against a sum over the layers."""
+"""FLOPs of encoders and text objectives: closed forms against torch's counter, that against a sum over the layers."""
 
 import pytest
 import timm

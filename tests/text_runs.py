@@ -45,19 +45,24 @@ def shaken(name: str, encoder: dict | None = None, **options) -> Objective:
     return made
 
 
-def batch_of(tokens: Tensor, labels: Tensor, where: Tensor | None, document: Tensor | None = None, **rest) -> TextBatch:
+def batch_of(
+    tokens: Tensor, labels: Tensor, where: Tensor | None, document: Tensor | None = None, **rest
+) -> TextBatch:
     """A batch that is the whole global batch unless `rest` says otherwise."""
     number = torch.arange(len(tokens))
     empty = dict.fromkeys(("positions", "token_types", "random_next"))
     keys = {"global_batch": len(tokens), "seed": 0, "epoch": 0 * number, "position": number, "index": number}
-    return TextBatch(**{"tokens": tokens, "labels": labels, "where": where, "document_ids": document, **empty, **keys, **rest})
+    given = {"tokens": tokens, "labels": labels, "where": where, "document_ids": document}
+    return TextBatch(**{**empty, **keys, **given, **rest})
 
 
 def masked(each: list[int], length: int = 20, vocab: int = 70, **rest) -> TextBatch:
     """Random rows with so many random targets each."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(5, vocab, (len(each), length), generator=generator)
-    chosen = [torch.randperm(length, generator=generator)[:n].sort().values + r * length for r, n in enumerate(each)]
+    chosen = [
+        torch.randperm(length, generator=generator)[:n].sort().values + r * length for r, n in enumerate(each)
+    ]
     labels = torch.randint(5, vocab, (sum(each),), generator=generator)
     return batch_of(tokens, labels, torch.cat(chosen), **rest)
 
@@ -67,11 +72,13 @@ def tokenizer() -> TextTokenizer:
     return make_tokenizer("char")
 
 
-def make_token_shards(folder: Path, longest: int = 40, documents: int = 60, seed: int = 0) -> Path:
-    """Documents of 2 to `longest` random letters, in several shards."""
-    made, rng = tokenizer(), np.random.default_rng(seed)
-    lengths = rng.integers(2, longest + 1, documents)
-    make_tokens([rng.integers(5, made.vocab_size, n).tolist() for n in lengths], folder, made)
+def make_token_shards(
+    folder: Path, documents: int = 60, letters: TextTokenizer | None = None, seed: int = 0
+) -> Path:
+    """Documents of 2 to 40 random letters, in several shards; letters: a tokenizer of as many."""
+    rng = np.random.default_rng(seed)
+    made = [rng.integers(5, tokenizer().vocab_size, n).tolist() for n in rng.integers(2, 41, documents)]
+    make_tokens(made, folder, letters or tokenizer())
     return folder
 
 
@@ -79,5 +86,7 @@ def write_text_config(path: Path, shards: Path, objective: str, encoder: str = "
     """A YAML for `selfsup train`; objective: a whole section; encoder, data: more keys for those sections."""
     more = [", " + keys if keys else "" for keys in (encoder, data)]
     content = CONFIG.replace("OBJECTIVE", objective).replace("VOCAB", str(tokenizer().vocab_size))
-    path.write_text(content.replace("ENCODER", more[0]).replace("SHARDS", str(shards)).replace("DATA", more[1]))
+    path.write_text(
+        content.replace("ENCODER", more[0]).replace("SHARDS", str(shards)).replace("DATA", more[1])
+    )
     return path

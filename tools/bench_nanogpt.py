@@ -14,8 +14,8 @@ swapped every round; a round is another seed for selfsup, nanoGPT has one. Count
 start to end, imports, checkpoints and all.
 
 The score is the mean loss over the whole validation text in consecutive windows of 64 characters, which is
-the exact value of what nanoGPT estimates from random windows; the weights are those of the last step. Its
-checkpoint is read with weights_only=True, so that nothing in it is run.
+the exact value of what nanoGPT estimates from random windows; the weights are those of the last step, which in
+nanoGPT is number 2,001. They leave its process as safetensors: its checkpoint, a pickle, is not opened.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ import tyro
 from bench_mae import machine
 from bench_text_peers import nanogpt_model
 from jaxtyping import Float, Int
+from safetensors.torch import load_model
 from text_folders import read_text
 from torch import Tensor
 
@@ -46,11 +47,21 @@ from selfsup.durable import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "clm" / "shakespeare-char.yaml"
+CHARACTERS = 65
 _PREPARE = """
 import importlib.util, runpy, sys, types
 if importlib.util.find_spec("requests") is None:  # wanted for a download that does not take place
     sys.modules["requests"] = types.ModuleType("requests")
 runpy.run_path("prepare.py", run_name="__main__")
+"""
+# Its script as it is, in this process, for the weights it ends with.
+_TRAIN = """
+import sys
+from safetensors.torch import save_model
+out, *sys.argv[1:] = sys.argv[1:]
+ran = {"__name__": "__main__"}
+exec(compile(open("train.py").read(), "train.py", "exec"), ran)
+save_model(ran["raw_model"], out)
 """
 _ESTIMATE = re.compile(r"step (\d+): train loss ([\d.]+), val loss ([\d.]+)")
 
@@ -156,22 +167,25 @@ def run_nanogpt(options: Options, folder: Path) -> dict[str, Any]:
     keys = {
         "device": "cpu", "compile": False, "eval_iters": 20, "eval_interval": options.steps, "log_interval": 1,
         "block_size": 64, "batch_size": 12, "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": options.steps,
-        "lr_decay_iters": options.steps, "dropout": 0.0, "always_save_checkpoint": True, "dtype": "float32",
-        "out_dir": str(folder),
+        "lr_decay_iters": options.steps, "warmup_iters": options.steps // 20, "dropout": 0.0,
+        "always_save_checkpoint": True, "dtype": "float32", "out_dir": str(folder),
     }  # fmt: skip
-    command = [sys.executable, "train.py", "config/train_shakespeare_char.py"]
+    weights, log = folder / "weights.safetensors", folder / "log.txt"
+    command = [sys.executable, "-c", _TRAIN, str(weights), "config/train_shakespeare_char.py"]
     command += [f"--{key}={value}" for key, value in keys.items()]
-    log = folder / "log.txt"
     seconds = timed(command, options.nanogpt, log, options.threads)
     estimates = _ESTIMATE.findall(log.read_text())
-    saved = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
-    module = nanogpt_model(options.nanogpt)
-    model = module.GPT(module.GPTConfig(**saved["model_args"]))
-    model.load_state_dict(saved["model"])
     data = options.nanogpt / "data" / "shakespeare_char" / "val.bin"
     tokens = np.fromfile(data, dtype=np.uint16).astype(np.int64)
-    loss = exact_loss(lambda x: model.eval()(x, x)[0], torch.from_numpy(tokens), saved["model_args"]["block_size"])
-    return {"seconds": seconds, "loss": loss, "estimate": float(estimates[-1][2]), "step": saved["iter_num"]}
+    module, sizes = nanogpt_model(options.nanogpt), ("n_layer", "n_head", "n_embd", "block_size")
+    config = module.GPTConfig(
+        vocab_size=CHARACTERS, dropout=0.0, bias=False, **{key: keys[key] for key in sizes}
+    )
+    model = module.GPT(config).eval()
+    load_model(model, weights)
+    loss = exact_loss(lambda x: model(x, x)[0], torch.from_numpy(tokens), config.block_size)
+    step, _, estimate = estimates[-1]
+    return {"seconds": seconds, "loss": loss, "estimate": float(estimate), "estimate_at": int(step)}
 
 
 def run_selfsup(
@@ -185,13 +199,13 @@ def run_selfsup(
         "--optim.steps": str(options.steps),
         "--seed": str(seed),
     }
-    command = [sys.executable, "-m", "selfsup.train", str(CONFIG), *(w for pair in keys.items() for w in pair)]
+    words = [word for pair in keys.items() for word in pair]
+    command = [sys.executable, "-m", "selfsup.train", str(CONFIG), *words]
     seconds = timed(command, ROOT, folder.with_name(f"{folder.name}.log"), options.threads)
     objective, recipe, checkpoint, _ = load_objective(folder)
     objective.eval()
-    loss = exact_loss(
-        lambda x: objective.logits(objective.encoder(x)), torch.from_numpy(validation), recipe.encoder.max_length
-    )
+    tokens, length = torch.from_numpy(validation), recipe.encoder.max_length
+    loss = exact_loss(lambda x: objective.logits(objective.encoder(x)), tokens, length)
     return {"seconds": seconds, "loss": loss, "step": recipe.optim.steps, "checkpoint": str(checkpoint)}
 
 

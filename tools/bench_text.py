@@ -84,7 +84,9 @@ class Options:
             raise ValueError("--device cuda: torch sees no CUDA device; leave it out")
         least = min(self.rounds, self.threads, self.batch_size or 1, self.vocab_size or 8)
         if least < 1 or (self.vocab_size or 8) < 8 or self.turn < 0:
-            raise ValueError("--rounds, --threads, --batch-size: expected 1 or more; --vocab-size 8, --turn 0")
+            raise ValueError(
+                "--rounds, --threads, --batch-size: expected 1 or more, --vocab-size 8, --turn 0"
+            )
         if self.nanogpt is not None and not (self.nanogpt / "model.py").is_file():
             raise ValueError(f"--nanogpt {self.nanogpt}: no model.py in it; name a checkout of nanoGPT")
         if "nanogpt" in self.only and self.nanogpt is None:

@@ -151,7 +151,7 @@ class BertMLM(nn.Module):
 
 
 class GPT2(nn.Module):
-    """transformers' GPT2LMHeadModel. It is given labels that are shifted already, so that all have as many targets."""
+    """transformers' GPT2LMHeadModel, given labels that are shifted already, so that all have as many targets."""
 
     def __init__(self, shape: Shape, kernel: str):
         super().__init__()
@@ -173,6 +173,7 @@ class GPT2(nn.Module):
             attn_implementation=kernel,
         )
         self.model = GPT2LMHeadModel(config)
+        self.model.loss_type = "ForCausalLM"  # what it takes anyway, with a warning
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return self.model(input_ids=batch[0], labels=batch[1], shift_labels=batch[1]).loss

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from selfsup.config import dump_yaml, read_yaml, validate
 from selfsup.durable import fsync_path, sha256
 from selfsup.ema import Ema
-from selfsup.encoders import Encoder
+from selfsup.encoders import AnyEncoder
 from selfsup.objectives.base import Objective
 from selfsup.optim import RESCUE
 from selfsup.recipe import Recipe
@@ -241,7 +241,7 @@ def load_objective(source: Path, weights: Weights = "trained") -> tuple[Objectiv
     return objective.eval(), recipe, checkpoint, passed_over
 
 
-def load_encoder(source: Path, weights: Weights = "trained") -> tuple[Encoder, Recipe, Path, list[str]]:
+def load_encoder(source: Path, weights: Weights = "trained") -> tuple[AnyEncoder, Recipe, Path, list[str]]:
     """The encoder alone, and the rest as `load_objective`.
 
     Raises ValueError for the average of a run that kept none, and for the target network of an

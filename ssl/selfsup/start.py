@@ -180,11 +180,12 @@ def data_facts(data: ShardIndex | Rows | None) -> dict[str, Any]:
 def resume(source: Path, state: TrainState) -> TrainState:
     """The state as the checkpoint left it. Raises ValueError where the data or their order changed."""
     restored = dist.together(checkpoint.restore, source, state)
-    for fact, key in (("index_fingerprint", "data.shards"), ("order_version", "selfsup version")):
-        if restored.facts[fact] != state.facts[fact]:
+    keys = {"tokenizer_sha256": "tokenizer", "index_fingerprint": "data.shards", "order_version": "selfsup version"}
+    for fact, key in keys.items():
+        if restored.facts.get(fact) != state.facts.get(fact):  # images have no tokenizer
             raise ValueError(
-                f"{key}: this run was started with another {fact}: expected {restored.facts[fact]}, got "
-                f"{state.facts[fact]}; put the original shards back, or start anew with --init-from"
+                f"{key}: this run was started with another {fact}: expected {restored.facts.get(fact)}, got "
+                f"{state.facts.get(fact)}; put the original shards back, or start anew with --init-from"
             )
     say(f"resuming {source} at step {restored.step}")
     return restored._replace(facts=state.facts)

@@ -418,5 +418,8 @@ def test_python_docs_makes_everything_and_keeps_it(tmp_path, monkeypatch):
     (tmp_path / "docs" / "tokenizer.json").write_text(json.dumps({"other": 1}))
     with pytest.raises(ValueError, match="tokenizer.json"):
         make_python_docs(tmp_path / "docs", 1, library)
+    write_texts(library, {"more.py": f'"""{"word " * 50}"""'})
+    with pytest.raises(ValueError, match="packed from other documents"):
+        make_python_docs(tmp_path / "docs", 1, library)
     with pytest.raises(ValueError, match="no source code of the standard library"):
         make_python_docs(tmp_path / "none", 1, write_texts(tmp_path / "bare", {"a.py": ""}))

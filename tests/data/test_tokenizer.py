@@ -72,6 +72,13 @@ def test_text_that_spells_a_special_is_text(kind, text):
     assert tokenizer.encode([text])[0].tolist() == ids.tolist()  # a prompt changes nothing for data
 
 
+def test_without_our_setting_text_would_become_specials():
+    """The planted bug: the library as it comes."""
+    tokenizer = make_tokenizer()
+    tokenizer._data.encode_special_tokens = False
+    assert tokenizer.mask in tokenizer.encode(["a [MASK]"])[0]
+
+
 def test_a_tokenizer_that_makes_specials_of_text_is_refused():
     model = models.WordLevel({"[UNK]": 0, "[MASK]": 1, "a": 2}, unk_token="[UNK]")
     tokenizer = Tokenizer(model)

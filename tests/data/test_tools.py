@@ -1,7 +1,8 @@
-"""tools/cifar10.py on small archives of the same make."""
+"""tools/cifar10.py, shakespeare.py and imdb.py on small archives of the same make."""
 
 import importlib.util
 import io
+import json
 import lzma
 import tarfile
 from pathlib import Path
@@ -13,16 +14,34 @@ from data.making import encode, picture
 from selfsup.data.decode import decode_image
 from selfsup.data.index import open_shards
 from selfsup.data.reader import ShardReader
+from selfsup.data.tokenizer import SPECIALS
+from selfsup.data.tokens import open_tokens
 
-TOOL = Path(__file__).parents[2] / "tools" / "cifar10.py"
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOLS)  # for what tools share
+        spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def cifar10():
-    spec = importlib.util.spec_from_file_location("cifar10", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("cifar10")
+
+
+@pytest.fixture(scope="module")
+def shakespeare():
+    return load_tool("shakespeare")
+
+
+@pytest.fixture(scope="module")
+def imdb():
+    return load_tool("imdb")
 
 
 def archive_of(path: Path, members: dict[str, bytes]) -> Path:
@@ -124,3 +143,103 @@ def test_the_command_line(cifar10, tmp_path, capsys):
     assert cifar10.main(tmp_path / "nowhere", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert "no such file" in captured.err and captured.out == ""
+
+
+PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpéak, speak.\n" * 7
+
+
+@pytest.mark.parametrize("name", ["input.txt", "input.txt.xz"])
+def test_shakespeare_is_split_as_nanogpt_splits_it(shakespeare, tmp_path, name):
+    source, out = tmp_path / name, tmp_path / "out"
+    source.write_bytes(lzma.compress(PLAY.encode()) if name.endswith("xz") else PLAY.encode())
+    tokens = shakespeare.convert(source, out)
+    cut = int(len(PLAY) * 0.9)
+    for split, text in (("train", PLAY[:cut]), ("test", PLAY[cut:])):
+        index = tokens[split]
+        assert len(index) == 1 and index.unknown == 0 and index.tokens == len(text)
+        assert index.tokenizer.decode(index.document(0)) == text
+        assert ShardReader(open_shards(str(out / split), "text")).texts(np.arange(1)) == [text]
+        assert index.bytes.tolist() == [len(text.encode())]
+        assert index.vocab_size == len(SPECIALS) + len(set(PLAY))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert shakespeare.main(source, out) == 0  # again: kept
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_other_text_does_not_go_into_the_same_folder(shakespeare, tmp_path, capsys):
+    source, out = tmp_path / "input.txt", tmp_path / "out"
+    source.write_text(PLAY)
+    shakespeare.convert(source, out)
+    source.write_text(PLAY.replace("Citizen", "Senator"))
+    assert shakespeare.main(source, out) == 2
+    assert "holds shards packed from other documents" in capsys.readouterr().err
+    assert shakespeare.main(tmp_path / "nowhere", out) == 2
+    assert "no such file; download https" in capsys.readouterr().err
+
+
+def test_damaged_text_is_named_and_nothing_written(shakespeare, tmp_path):
+    whole, path, out = lzma.compress(PLAY.encode()), tmp_path / "input.txt.xz", tmp_path / "out"
+    for content, message in (
+        (whole[:-9], "damaged"),
+        (b"caf\xe9 au lait", "not UTF-8"),
+        (b"a", "split in two"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path.name}: .*{message}"):
+            shakespeare.convert(path, out)
+    assert not out.exists()
+
+
+def reviews(split: str, count: int) -> list[dict]:
+    good, bad = "A wonderful film.<br /><br />I loved it 5 < 6 times.", "A dreadful film.<br/>I [MASK]ed it."
+    rows = []
+    for i in range(count):
+        label, text = ("neg", "pos")[i % 2], (bad, good)[i % 2]
+        rows.append({"id": f"{split}/{label}/{i}", "rating": 1, "label": i % 2, "text": f"{i} {text}"})
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return path
+
+
+def test_imdb(imdb, tmp_path, capsys):
+    files = [write_lines(tmp_path / f"{s}.jsonl.xz", reviews(s, n)) for s, n in (("train", 30), ("test", 8))]
+    out = tmp_path / "out"
+    tokens = imdb.convert(*files, out, vocab_size=90)
+    for split, count in (("train", 30), ("test", 8)):
+        index = open_shards(str(out / split), "text")
+        assert len(index) == count and index.classes == ("neg", "pos")
+        wanted = {row["id"]: row for row in reviews(split, count)}
+        for row, text in enumerate(ShardReader(index).texts(np.arange(count))):
+            original = wanted[index.key(row)]
+            assert index.label[row] == original["label"] and "<br" not in text
+            assert text == original["text"].replace("<br /><br />", "\n\n").replace("<br/>", "\n")
+    assert tokens.vocab_size == 90 and tokens.tokenizer.kind == "wordpiece" and len(tokens) == 30
+    assert (
+        open_tokens(str(out / "train-tokens")).source == open_shards(str(out / "train"), "text").fingerprint
+    )
+    assert tokens.tokenizer.mask not in tokens.read(0, tokens.tokens)  # "[MASK]" in a review is a review's
+    assert imdb.main(*files, out, 90) == 0  # again: kept
+    assert imdb.main(*files, out, 91) == 2
+    assert "got wordpiece of 90" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"id": "a", "label": 2, "text": "x"}', "line 3: expected label 0 or 1"),
+        ('{"id": "a", "label": 1, "text": " "}', "line 3: expected label 0 or 1 and a text"),
+        ('{"id": "a", "label": 1}', "line 3: expected JSON with label and text"),
+        ("[1]", "line 3: expected JSON"),
+        ("{", "line 3: expected JSON"),
+    ],
+)
+def test_what_is_no_review_is_named(imdb, tmp_path, line, message):
+    good = "".join(json.dumps(row) + "\n" for row in reviews("train", 2))
+    (tmp_path / "train.jsonl").write_text(good + line + "\n")
+    write_lines(tmp_path / "test.jsonl", reviews("test", 2))
+    with pytest.raises(ValueError, match=message):
+        imdb.convert(tmp_path / "train.jsonl", tmp_path / "test.jsonl", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -31,7 +31,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-TEXTS = ["The quick brown fox is here.", "Pack my box with the five dozen jugs!\nTwice.", "It isn't over: 3.14, é"]
+TEXTS = [
+    "The quick brown fox is here.",
+    "Pack my box with the five dozen jugs!\nTwice.",
+    "It isn't over: 3.14, é",
+]
 SMALL = {"max_length": 40, "embed_dim": 32, "depth": 2, "num_heads": 4, "init_std": 0.2}
 TEXT_FORMS: dict[str, dict[str, Any]] = {
     "bert": {
@@ -61,12 +65,20 @@ def tokenizers() -> dict[str, TextTokenizer]:
 def make_text_run(tmp_path: Path, tokenizers) -> Callable[..., Path]:
     """make_text_run("bert", {"encoder": {...}}, kind="bpe", name="run") -> run folder, as `make_run` makes them."""
 
-    def make(form: str, changes: dict[str, Any] | None = None, kind: str | None = None, name: str = "run") -> Path:
-        tokenizer = tokenizers[kind or ("bpe" if TEXT_FORMS[form]["objective"]["name"] == "clm" else "wordpiece")]
+    def make(
+        form: str, changes: dict[str, Any] | None = None, kind: str | None = None, name: str = "run"
+    ) -> Path:
+        tokenizer = tokenizers[
+            kind or ("bpe" if TEXT_FORMS[form]["objective"]["name"] == "clm" else "wordpiece")
+        ]
         vocabulary = {"encoder": {**SMALL, "vocab_size": tokenizer.vocab_size}}
         shards = {"data": {"shards": "somewhere/docs/tokens"}, "run": {"dir": "r"}}
         content = merge(merge(merge(shards, vocabulary), TEXT_FORMS[form]), changes or {})
-        facts = {"index_fingerprint": "f1ngerpr1nt", "git_revision": "abc123", "tokenizer_sha256": tokenizer.sha256}
+        facts = {
+            "index_fingerprint": "f1ngerpr1nt",
+            "git_revision": "abc123",
+            "tokenizer_sha256": tokenizer.sha256,
+        }
         run = save_untrained(tmp_path / name, content, 0.1, facts, 7)
         (run / "tokenizer.json").write_text(tokenizer.json)
         return run

@@ -1,10 +1,11 @@
 """Run by test_transformers_4.py in an environment with transformers 4: loads exports, saves their outputs.
 
 usage: in_transformers_4.py FOLDER ...; each FOLDER holds inputs.safetensors (images, noise, pixels) and the
-exports hf, hf-mae, timm. Prints the version of transformers, then a line per folder: its name and the
-weights that were missing or unexpected.
+exports hf, hf-mae, timm; or, of text, inputs.safetensors (tokens), texts.json and the export hf. Prints the
+version of transformers, then a line per folder: its name and the weights that were missing or unexpected.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -41,11 +42,31 @@ def outputs(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
+@torch.inference_mode()
+def text_outputs(folder: Path) -> dict[str, torch.Tensor]:
+    """Logits, what the tokenizer makes of texts, and the shape of a tie."""
+    tokens = load_file(folder / "inputs.safetensors")["tokens"]
+    kind = json.loads((folder / "hf" / "config.json").read_text())["architectures"][0]
+    model = load(getattr(transformers, kind), folder / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    texts = json.loads((folder / "texts.json").read_text())
+    found = {"ids": torch.tensor([i for text in texts for i in tokenizer(text)["input_ids"]])}
+    decoded = [tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) for text in texts]
+    (folder / "decoded.json").write_text(json.dumps(decoded))
+    found["tied"] = torch.tensor(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    for dtype in (torch.float32, torch.float64):
+        output = model.to(dtype)(tokens)
+        logits = output.prediction_logits if kind.endswith("PreTraining") else output.logits
+        found[f"logits.{str(dtype).removeprefix('torch.')}"] = logits
+    return {name: tensor.clone().contiguous() for name, tensor in found.items()}
+
+
 def main() -> None:
     print(transformers.__version__)
     for folder in map(Path, sys.argv[1:]):
         try:
-            save_file(outputs(folder), folder / "outputs.safetensors")
+            found = text_outputs(folder) if (folder / "texts.json").exists() else outputs(folder)
+            save_file(found, folder / "outputs.safetensors")
             print(folder.name)
         except LookupError as error:
             print(folder.name, error)

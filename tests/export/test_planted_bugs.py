@@ -50,7 +50,7 @@ def dropped_norm(model):
 
 
 def other_heads(model):
-    model.blocks[-1].attn.num_heads = 1
+    model.blocks[-1].attn.num_heads = model.blocks[-1].attn.num_kv_heads = 1
 
 
 ENCODER_BUGS = [tanh_gelu, quick_gelu, small_eps, dropped_norm, other_heads]
@@ -85,7 +85,7 @@ def decoder_gelu(decoder):
 
 
 def decoder_heads(decoder):
-    decoder.decoder_blocks[0].attn.num_heads = 1
+    decoder.decoder_blocks[0].attn.num_heads = decoder.decoder_blocks[0].attn.num_kv_heads = 1
 
 
 def no_decoder_norm(decoder):

@@ -1,5 +1,6 @@
 """The exports in transformers 4, in an environment of its own: version 5 stands in ours."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from selfsup.checkpoint import load_objective
+from selfsup.data.tokenizer import load_tokenizer
 from selfsup.export.huggingface import export_hf
 from selfsup.export.huggingface_mae import export_hf_mae
+from selfsup.export.huggingface_text import export_hf_text
 from selfsup.export.timm import export_timm
 from selfsup.objectives.mae import mae_loss, patchify
+from selfsup.text.load import batch_of
 
 SCRIPT = Path(__file__).parent / "in_transformers_4.py"
 
@@ -104,3 +108,61 @@ def test_exports_give_our_outputs_in_version_4(make_run, tmp_path, transformers_
     for name, run in runs.items():
         expect_our_outputs(run, work[name])
     assert lines[2].startswith("trap ") and "encoder.layer.0.attention.attention.query.weight" in lines[2]
+
+
+UNTIED = {"objective": {"tied": False}}
+PAIRS = {"objective": {"next_sentence": True}, "data": {"packing": "pairs"}}
+TEXT_RUNS = {
+    "bert": ("bert", {}),
+    "bert-pairs": ("bert", PAIRS),
+    "bert-untied": (
+        "bert",
+        {**UNTIED, "encoder": {"token_types": 0, "bias": False, "activation": "gelu_tanh"}},
+    ),
+    "megatron": ("megatron", {}),
+    "megatron-untied": ("megatron", UNTIED),
+    "gpt2": ("gpt2", {}),
+    "gpt2-untied": ("gpt2", {**UNTIED, "encoder": {"bias": False}}),
+    "llama": ("llama", {"encoder": {"rope_base": 5e5}}),
+    "llama-untied": ("llama", {**UNTIED, "encoder": {"bias": True}}),
+}
+EXAMPLES = ["The fox, twice!", "It isn't  over:\n 3.14", "a [MASK] b", ""]
+
+
+@pytest.mark.slow
+def test_text_exports_give_our_outputs_in_version_4(make_text_run, tmp_path, transformers_4):
+    runs, work = {}, {}
+    for name, (form, changes) in TEXT_RUNS.items():
+        runs[name], work[name] = make_text_run(form, changes, name=name), tmp_path / f"work-{name}"
+        export_hf_text(runs[name], work[name] / "hf")
+        tokens = torch.randint(60, (2, 40), generator=torch.Generator().manual_seed(0))
+        save_file({"tokens": tokens}, work[name] / "inputs.safetensors")
+        (work[name] / "texts.json").write_text(json.dumps(EXAMPLES))
+    command = [sys.executable, str(SCRIPT), *map(str, work.values())]
+    done = subprocess.run(command, env=transformers_4, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    version, *lines = done.stdout.splitlines()
+    assert version.startswith("4.") and lines == [f"work-{name}" for name in TEXT_RUNS]
+    for name, run in runs.items():
+        found, model = load_file(work[name] / "outputs.safetensors"), load_objective(run)[0]
+        for dtype in (torch.float32, torch.float64):
+            batch = batch_of(load_file(work[name] / "inputs.safetensors")["tokens"])
+            with torch.inference_mode():
+                model = model.to(dtype)
+                causal = not hasattr(model, "head")
+                logits = model.logits(model.encoder.encode(batch) if causal else batch).view(2, 40, -1)
+            theirs = found[f"logits.{str(dtype).removeprefix('torch.')}"]
+            # Its Llama narrows to float32 in its norms.
+            tolerance = 1e-5 if dtype == torch.float32 or name.startswith("llama") else 1e-10
+            assert theirs.dtype == dtype
+            assert (theirs - logits).abs().max() <= tolerance * max(1.0, float(logits.abs().max())), (
+                name,
+                dtype,
+            )
+        assert bool(found["tied"]) == model.config.tied
+        tokenizer = load_tokenizer(run)
+        head, tail = ([], []) if causal else ([tokenizer.cls], [tokenizer.sep])
+        ids = [[*head, *tokenizer.encode_prompt(text).tolist(), *tail] for text in EXAMPLES]
+        assert found["ids"].tolist() == sum(ids, [])
+        known = [tokenizer.decode([i for i in row if i != tokenizer.unk]) for row in ids]
+        assert json.loads((work[name] / "decoded.json").read_text()) == known

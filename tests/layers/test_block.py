@@ -35,9 +35,8 @@ def rows(n=7, b=2):
 
 def in_torch(ours: Block, eps: float) -> nn.Module:
     """torch.nn.TransformerEncoderLayer with the same weights."""
-    twin = nn.TransformerEncoderLayer(
-        DIM, HEADS, HIDDEN, 0.0, "gelu", eps, batch_first=True, norm_first=not ours.post_norm, bias=ours.mlp.fc1.bias is not None
-    ).double()
+    options = {"batch_first": True, "norm_first": not ours.post_norm, "bias": ours.mlp.fc1.bias is not None}
+    twin = nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.0, "gelu", eps, **options).double()
     names = {
         "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
         "linear1.": "mlp.fc1.", "linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2.",
@@ -89,7 +88,9 @@ def llama(x, made: Block, rotation: Rotation, kv_heads: int):
         z = z * torch.complex(rotation.cos, rotation.sin)[:, : c // 2].to(z.dtype)
         return torch.cat([z.real, z.imag], -1)
 
-    q, k, v = (rms(x, p["norm1.weight"]) @ p["attn.qkv.weight"].T).split([DIM, c * kv_heads, c * kv_heads], -1)
+    q, k, v = (rms(x, p["norm1.weight"]) @ p["attn.qkv.weight"].T).split(
+        [DIM, c * kv_heads, c * kv_heads], -1
+    )
     heads = []
     for h in range(HEADS):
         g = h // (HEADS // kv_heads)

@@ -103,7 +103,11 @@ def test_rows_with_other_numbers_of_targets_add_up():
     total = 0.0
     for r in range(ROWS):
         inside = batch.where // LENGTH == r
-        row = {k: v[r : r + 1] for k, v in batch._asdict().items() if k in ("tokens", "document_ids", "positions")}
+        row = {
+            k: v[r : r + 1]
+            for k, v in batch._asdict().items()
+            if k in ("tokens", "document_ids", "positions")
+        }
         row |= {"where": batch.where[inside] - r * LENGTH, "labels": batch.labels[inside]}
         total = total + model(batch._replace(**row), float(batch.targets)).loss
     check_equal(model, total, model(batch, float(batch.targets)).loss)
@@ -144,7 +148,8 @@ def test_a_batch_without_targets_costs_nothing_and_reaches_every_parameter():
 def test_shown_is_a_table_and_leaves_the_mode_as_it_was(training, named):
     """Truth, guesses and what was read before the place, the last token of the row among them."""
     letters = tokenizer()
-    ids = torch.tensor([letters.encode([text])[0].tolist() for text in ("the quick brown fox jum", "pack my box with five d")])
+    texts = ("the quick brown fox jum", "pack my box with five d")
+    ids = torch.tensor([letters.encode([text])[0].tolist() for text in texts])
     where = torch.tensor([0, 7, 14, 21, 22, 43]) if named else None
     labels = ids[:, 1:].flatten()
     batch = batch_of(ids[:, :-1], labels if where is None else labels[where], where)

@@ -75,7 +75,10 @@ def test_next_sentence_is_a_mean_over_the_global_batch_beside_that_over_tokens()
     tokens, pairs = slow_loss(model, batch, 30.0), slow_pairs(model, batch)
     check_equal(model, out.loss, tokens + pairs)
     assert out.metrics.keys() == {"mlm_loss", "next_sentence_loss"}
-    assert abs(out.metrics["mlm_loss"] - tokens) < 1e-12 and abs(out.metrics["next_sentence_loss"] - pairs) < 1e-12
+    assert (
+        abs(out.metrics["mlm_loss"] - tokens) < 1e-12
+        and abs(out.metrics["next_sentence_loss"] - pairs) < 1e-12
+    )
     assert not any(value.requires_grad for value in out.metrics.values())
 
 
@@ -162,7 +165,9 @@ def test_a_batch_without_targets_costs_nothing_and_reaches_every_parameter():
 @pytest.mark.parametrize("training", [True, False])
 def test_shown_is_a_table_and_leaves_the_mode_as_it_was(training):
     letters = tokenizer()
-    ids = torch.tensor([letters.encode([text])[0].tolist() for text in ("the quick brown", "fox jumps over ")])
+    ids = torch.tensor(
+        [letters.encode([text])[0].tolist() for text in ("the quick brown", "fox jumps over ")]
+    )
     batch = batch_of(ids.index_fill(1, torch.tensor([4]), letters.mask), ids[:, 4], torch.tensor([4, 19]))
     model = build("mlm", {"vocab_size": letters.vocab_size, "dropout": 0.5}).train(training)
     table = model.shown(batch, letters)
@@ -218,5 +223,7 @@ def test_refusals(encoder, options, words):
 def test_masking_goes_from_the_first_ratio_to_the_last():
     config = build("mlm", mask_ratio=0.3, final_mask_ratio=0.1, whole_word=True).config
     masking = config.masking(100)
-    assert [masking.at(s) for s in (0, 50, 100, 200)] == pytest.approx([0.3, 0.2, 0.1, 0.1]) and masking.whole_word
+    assert [masking.at(s) for s in (0, 50, 100, 200)] == pytest.approx(
+        [0.3, 0.2, 0.1, 0.1]
+    ) and masking.whole_word
     assert build("mlm").config.masking(10)[:6] == (0.15, 0.15, 10, False, 0.8, 0.1)

@@ -32,7 +32,7 @@ from selfsup.data.index import (
     save_index,
 )
 from selfsup.data.order import sample_order
-from selfsup.data.shard import IMAGE_EXTENSIONS, META_MEMBER, fork_or_spawn
+from selfsup.data.shard import IMAGE_EXTENSIONS, META_MEMBER, TEXT_EXTENSIONS, fork_or_spawn
 from selfsup.durable import fsync_path, write_atomically
 
 PLAN_NAME = "pack.json"
@@ -123,9 +123,11 @@ def pack(
 def pack_samples(
     samples: list[Sample], classes: list[str], dest: str | Path, samples_per_shard: int = 5000
 ) -> PackReport:
-    """Packs encoded images held in memory; otherwise as `pack`. Keys must differ and have no dot."""
+    """Packs encoded images, or texts, held in memory; otherwise as `pack`. Keys must differ and have no dot."""
     stamps = [[s.key, s.extension, s.label, hashlib.sha256(s.content).hexdigest()] for s in samples]
-    return pack_plan(Plan(samples, stamps, classes, [], {}), Path(dest).expanduser(), samples_per_shard, 1)
+    what = "documents" if any(s.extension in TEXT_EXTENSIONS for s in samples) else "images"
+    plan = Plan(samples, stamps, classes, [], {}, what)
+    return pack_plan(plan, Path(dest).expanduser(), samples_per_shard, 1)
 
 
 def pack_arrays(

@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from selfsup.batch import ImageBatch
 from selfsup.data.decode import decode_image
 from selfsup.data.images import ImageData, make_batch
-from selfsup.data.loader import load
 from selfsup.data.index import list_shards, local_folder
+from selfsup.data.loader import load
 from selfsup.data.order import BatchPlan
 from selfsup.data.shard import IMAGE_EXTENSIONS, check_is_tar
 from selfsup.data.views import ViewBatch

@@ -88,17 +88,25 @@ def disk_finding(free: int, place: Path) -> Finding:
 
 def check_shards_folder(shards: str) -> Iterator[Finding]:
     """The index is there and says what the shards are; those changed since are hashed again."""
-    from selfsup.data.index import check_shards, open_shards
+    from selfsup.data.index import check_shards, local_folder, open_shards
+    from selfsup.data.tokens import check_tokens, is_token_folder, open_tokens
 
     try:
-        index = open_shards(shards)
+        if is_token_folder(local_folder(shards)):
+            tokens = open_tokens(shards)
+            hashed = check_tokens(tokens, all=False)
+            again = f", {len(hashed)} newer than the index and hashed again" if hashed else ""
+            text = f"{tokens.folder}: {len(tokens)} documents, {tokens.tokens} tokens as indexed{again}"
+            yield Finding("shards", "ok", text)
+            return
+        index = open_shards(shards, None)
         hashed = check_shards(index, all=False)
     except ValueError as error:
         text, _, fix = str(error).partition("; ")
         yield Finding("shards", "problem", text, fix or "name a folder of WebDataset shards")
         return
     again = f", {len(hashed)} newer than the index and hashed again" if hashed else ""
-    text = f"{index.folder}: {len(index)} images in {len(index.shards)} shards as indexed{again}"
+    text = f"{index.folder}: {len(index)} {index.what} in {len(index.shards)} shards as indexed{again}"
     yield Finding("shards", "ok", text)
     for reason, count in index.skipped.items():
         fix = f"see what is missing with: selfsup data index {index.folder}"

@@ -132,7 +132,9 @@ def describe(encoder: AnyEncoderConfig) -> Described:
         causal = "causal " if encoder.causal else ""
         shape = f"width {dim}, {depth} blocks, {heads} heads, {encoder.vocab_size} tokens"
         sentence = f"A {causal}transformer over tokens ({shape})"
-        return Described(f"{encoder.name} {dim}/{depth}/{heads}", encoder.name, sentence, TEXT_POOLING[encoder.pool])
+        return Described(
+            f"{encoder.name} {dim}/{depth}/{heads}", encoder.name, sentence, TEXT_POOLING[encoder.pool]
+        )
     if isinstance(encoder, ViTConfig):
         dim, depth, heads = encoder.embed_dim, encoder.depth, encoder.num_heads
         return Described(

@@ -17,11 +17,10 @@ from selfsup.export.names import float_weights, rename, split_qkv
 from selfsup.export.text_forms import Family, class_name, family_of, refuse_unlike, text_config
 from selfsup.export.text_outputs import check_angles, example, our_outputs, their_outputs, with_our_angles
 from selfsup.export.tokenizer import check_tokenizer, run_tokenizer, write_tokenizer
-from selfsup.export.verify import Check, compare
+from selfsup.export.verify import Check, compare, quiet_transformers
 from selfsup.export.write import ExportReport, destination, read_state, staged, write_json, write_weights
 from selfsup.objectives.clm import CLM
 from selfsup.objectives.mlm import MLM
-from selfsup.recipe import Recipe
 
 BERT_HEADS = {
     "token_embed.weight": "bert.embeddings.word_embeddings.weight",
@@ -96,6 +95,8 @@ NAMES: dict[Family, Names] = {
         },
     ),
 }
+
+
 def export_hf_text(source: Path, out: Path | None = None, weights: Weights = "trained") -> ExportReport:
     """Writes a folder that transformers loads, versions 4.57 and 5: model with its head, and tokenizer.
 
@@ -180,7 +181,10 @@ def verify(folder: Path, model: MLM | CLM) -> tuple[Check, ...]:
     if model.encoder.config.positions == "rope":
         angles = (check_angles(folder, reloaded, model),)
         reloaded = with_our_angles(reloaded, model)
-    checks = compare(folder, model, lambda model, _: our_outputs(model, given), [reloaded], given.rows.tokens)
+    with quiet_transformers():
+        checks = compare(
+            folder, model, lambda model, _: our_outputs(model, given), [reloaded], given.rows.tokens
+        )
     return (*checks, *angles)
 
 
@@ -192,7 +196,9 @@ def remarks(model: MLM | CLM) -> tuple[str, ...]:
     if not encoder.bias and family_of(encoder) != "llama":
         found.append(f"Trained without biases; {kind} always has them: zeros.")
     if isinstance(model, CLM) and model.config.z_loss:
-        found.append(f"Trained with z_loss {model.config.z_loss}; the loss of {kind} is the cross-entropy alone.")
+        found.append(
+            f"Trained with z_loss {model.config.z_loss}; the loss of {kind} is the cross-entropy alone."
+        )
     return tuple(found)
 
 

@@ -23,6 +23,9 @@ ACCEPTED = (
 )
 
 
+_LOOKS = {"mlm": "fill", "clm": "generate"}
+
+
 class _Input(NamedTuple):
     img_size: int
     in_chans: int
@@ -83,6 +86,11 @@ def _from_folder(source: str, folder: Path) -> FrozenEncoder:
 
 def _from_run(source: str, folder: Path, weights: Weights) -> FrozenEncoder:
     encoder, recipe, checkpoint, notes = load_encoder(folder, weights)
+    if recipe.encoder.reads == "text":
+        raise ValueError(
+            f"{source}: a run of text (objective {recipe.objective.name}), expected images; for text: selfsup probe "
+            f"text, probe text-finetune, probe perplexity, {_LOOKS[recipe.objective.name]}"
+        )
     frozen = from_encoder(encoder, recipe, source)
     return replace(frozen, checkpoint=checkpoint, notes=tuple(notes), weights=weights)
 

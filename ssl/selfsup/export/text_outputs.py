@@ -80,7 +80,11 @@ def own_width(module: nn.Module) -> AbstractContextManager:
 
 def real_places(rows: TextBatch) -> Bool[Tensor, "b n"]:
     """Where there is no padding."""
-    return torch.ones_like(rows.tokens, dtype=torch.bool) if rows.document_ids is None else rows.document_ids >= 0
+    return (
+        torch.ones_like(rows.tokens, dtype=torch.bool)
+        if rows.document_ids is None
+        else rows.document_ids >= 0
+    )
 
 
 def our_outputs(model: MLM | CLM, given: Example) -> Outputs:
@@ -133,7 +137,9 @@ def check_angles(folder: Path, reloaded: Reloaded, model: MLM | CLM) -> Check:
     with torch.inference_mode():
         cos, sin = reloaded.module.model.rotary_emb(ours, places)
     rounding = model.encoder.config.max_length * 2.0**-22
-    return check_outputs(folder, f"{reloaded.library} rotary angles", (ours[0], ours[1]), (cos[0], sin[0]), rounding)
+    return check_outputs(
+        folder, f"{reloaded.library} rotary angles", (ours[0], ours[1]), (cos[0], sin[0]), rounding
+    )
 
 
 def with_our_angles(reloaded: Reloaded, model: MLM | CLM) -> Reloaded:

@@ -47,13 +47,17 @@ def run_tokenizer(checkpoint: Path, state: dict[str, Any]) -> TextTokenizer:
     return tokenizer
 
 
-def write_tokenizer(folder: Path, tokenizer: TextTokenizer, wrap: Wrap, max_length: int, token_types: int) -> None:
+def write_tokenizer(
+    folder: Path, tokenizer: TextTokenizer, wrap: Wrap, max_length: int, token_types: int
+) -> None:
     """`tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`."""
     roles = special_tokens(tokenizer, wrap)
     write_json(folder / "tokenizer_config.json", tokenizer_config(roles, wrap, max_length, token_types))
     write_json(folder / "special_tokens_map.json", roles)
     content = tokenizer_content(tokenizer, wrap, token_types)
-    (folder / TOKENIZER_NAME).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / TOKENIZER_NAME).write_text(
+        json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def special_tokens(tokenizer: TextTokenizer, wrap: Wrap) -> dict[str, str]:
@@ -112,7 +116,9 @@ def tokenizer_content(tokenizer: TextTokenizer, wrap: Wrap, token_types: int) ->
     return content
 
 
-def check_tokenizer(folder: Path, tokenizer: TextTokenizer, wrap: Wrap, max_length: int, token_types: int) -> Check:
+def check_tokenizer(
+    folder: Path, tokenizer: TextTokenizer, wrap: Wrap, max_length: int, token_types: int
+) -> Check:
     """Reloads it as transformers' AutoTokenizer: ids of texts, of a pair and of text with [MASK], the roles of
     special tokens, and what ids decode to. Raises ValueError for any difference."""
     import transformers
@@ -123,9 +129,15 @@ def check_tokenizer(folder: Path, tokenizer: TextTokenizer, wrap: Wrap, max_leng
         got = reload_in(folder, library, lambda: _their_ids(theirs, tokenizer, wrap, token_types))
         names = reload_in(folder, library, lambda: (sorted(theirs("x")), theirs.model_max_length))
         texts = [theirs.decode(ids, skip_special_tokens=True) for ids in _known_ids(tokenizer)]
-    expected = ["attention_mask", "input_ids", *(["token_type_ids"] if wrap == "bert" and token_types > 1 else [])]
+    expected = [
+        "attention_mask",
+        "input_ids",
+        *(["token_type_ids"] if wrap == "bert" and token_types > 1 else []),
+    ]
     if names != (expected, max_length):
-        raise ValueError(f"{folder}: {library} gives {names}, expected {(expected, max_length)}; NOT exported")
+        raise ValueError(
+            f"{folder}: {library} gives {names}, expected {(expected, max_length)}; NOT exported"
+        )
     for text, ids in zip(texts, _known_ids(tokenizer), strict=True):
         if text != tokenizer.decode(ids):
             raise ValueError(

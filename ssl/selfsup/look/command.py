@@ -94,6 +94,11 @@ def load_run(source: Path, weights: Weights = "trained") -> Loaded:
     objective, recipe, checkpoint, passed_over = load_objective(source, weights)
     for line in passed_over:
         print(line)
+    if recipe.encoder.reads == "text":
+        command = "fill" if recipe.objective.name == "mlm" else "generate"
+        raise ValueError(
+            f"{source}: a run of text (objective {recipe.objective.name}), expected images; for text: selfsup {command}"
+        )
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Loaded(objective.requires_grad_(False).to(device), recipe, checkpoint, step, device)

@@ -90,6 +90,10 @@ def _recipe(config: Path, shards: str) -> Recipe:
     """The recipe as it would train on `shards`. Raises ValueError where its views have no fixed place."""
     content = merge({"run": {"dir": "none"}}, read_yaml(config))
     recipe = validate(Recipe, merge(content, {"data": {"shards": shards}}))
+    if recipe.encoder.reads == "text":
+        raise ValueError(
+            f"{config}: a recipe of text, which has no views to show; see its rows with: selfsup train {config} --dry-run"
+        )
     if recipe.data.index == "none":
         raise ValueError(
             f"{config}: data.index: none streams the shards, so no view has a fixed place to be shown; "

@@ -45,7 +45,9 @@ class CLMConfig(Section):
         if not encoder.causal:
             raise ValueError("encoder.causal: expected true, clm may not see the token it predicts, got false")
         if encoder.pool == "cls":
-            raise ValueError("encoder.pool: expected mean or last, the first token of a causal encoder sees no other, got cls")
+            raise ValueError(
+                "encoder.pool: expected mean or last, the first token of a causal encoder sees no other, got cls"
+            )
 
     def build(self, encoder: TextConfig) -> "CLM":
         """The objective around a fresh encoder."""

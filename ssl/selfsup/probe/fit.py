@@ -77,7 +77,8 @@ def fit(
     """Trains `module` in place by cross-entropy; returns the mean loss of the last tenth of the steps.
 
     lr: learning rate by step, times a group's `lr_scale` where it has one. mix: random changes to a
-    batch. clip: largest norm of the whole gradient. The generators are seeded by (seed, step) when a batch is there, whatever loading it drew.
+    batch. clip: largest norm of the whole gradient. The generators are seeded by (seed, step) when a
+    batch is there, whatever loading it drew.
     Raises ValueError for a loss that is not finite.
     """
     module.train()

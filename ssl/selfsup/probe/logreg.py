@@ -128,7 +128,9 @@ def _choose_c(
     values: Any, labels: np.ndarray, grid: tuple[float, ...], bar: tqdm
 ) -> tuple[float, dict[str, float], LogisticRegression]:
     """Walks the grid; returns the chosen C, all held-out accuracies, and a model to go on from."""
-    held, kept = np.split(np.random.default_rng(0).permutation(len(values)), [len(values) // HELD_OUT])
+    held, kept = np.split(
+        np.random.default_rng(0).permutation(values.shape[0]), [values.shape[0] // HELD_OUT]
+    )
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
     held_out: dict[str, float] = {}
     best, chosen, start = -1.0, grid[0], None

@@ -3,29 +3,25 @@
 import json
 import math
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from tqdm import tqdm
 
-from selfsup.batch import TextBatch
 from selfsup.checkpoint import weights_suffix, weights_title
 from selfsup.data.source import Source, Texts, check_roles
-from selfsup.data.text import document_positions
 from selfsup.durable import write_atomically
-from selfsup.layers.cross_entropy import linear_cross_entropy
 from selfsup.objectives.clm import CLM
 from selfsup.objectives.mlm import MLM
 from selfsup.probe.features import Device
+from selfsup.probe.nll import causal_nll, pseudo_nll
 from selfsup.probe.online import fixed_rows
 from selfsup.probe.report import PERPLEXITY, short_hash
 from selfsup.probe.sources import (
@@ -39,7 +35,6 @@ from selfsup.probe.sources import (
 from selfsup.probe.text import TextWeights
 from selfsup.text.load import (
     TextRun,
-    batch_of,
     byte_lengths,
     index_of,
     load_text_run,
@@ -51,15 +46,6 @@ PSEUDO_DOCUMENTS = 200
 """Of pseudo-perplexity, unless said otherwise: a document of n tokens takes n forward passes."""
 _READ = 256
 _LIBRARIES = ("selfsup", "torch", "numpy", "tokenizers")
-
-
-class Summed(NamedTuple):
-    """What is known of a model on some tokens."""
-
-    nll: float
-    """Sum of -log p, nats."""
-    tokens: int
-    """How many were predicted."""
 
 
 def main_perplexity(
@@ -184,120 +170,13 @@ def read_tokens(source: Source, numbers: Int64[np.ndarray, " n"]) -> list[Int64[
     return [ids for part in tqdm(parts, desc="read", disable=None) for ids in source.read(part)]
 
 
-class Window(NamedTuple):
-    """A row of the stream: tokens begin .. end - 1 are read, the token after each is predicted."""
-
-    begin: int
-    end: int
-    counted: int
-    """Predictions of tokens below this were counted in an earlier row."""
-
-
-def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
-    """Rows of at most `length` tokens, one every `stride`, that predict tokens 1 .. tokens - 1, each counted once.
-
-    With stride = length they are training's rows of packing concat, unshifted, the last one shorter.
-    """
-    begin, counted = 0, 1
-    while counted < tokens:
-        end = min(begin + length, tokens - 1)
-        yield Window(begin, end, counted)
-        begin, counted = begin + stride, end + 1
-
-
-@torch.inference_mode()
-def causal_nll(
-    model: CLM,
-    documents: list[Int64[np.ndarray, "_"]],
-    sep: int,
-    stride: int | None = None,
-    separate: bool = False,
-    batch_size: int = 32,
-) -> Summed:
-    """-log p of the tokens of all documents end to end, `sep` behind each.
-
-    stride: see `windows`; none: encoder.max_length. separate: a token sees its own document only, at positions
-    that begin anew in each document of a row, as with data.document_mask; first tokens are not predicted then.
-    """
-    device, length = model.word_weights.device, model.encoder.config.max_length
-    stream = np.concatenate([np.append(ids, sep) for ids in documents])
-    owner = np.repeat(np.arange(len(documents)), [len(ids) + 1 for ids in documents])
-    rows = list(windows(len(stream), length, stride or length))
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    bar = tqdm(range(0, len(rows), batch_size), desc="perplexity", unit="batch", disable=None)
-    for first in bar:
-        batch, labels = _causal_batch(rows[first : first + batch_size], stream, owner, separate)
-        batch, labels = batch.to(device), labels.to(device)
-        states = model.encoder.encode(batch).flatten(0, 1)[batch.where]
-        total += token_nll(states, model.word_weights, None, labels)
-        count += len(labels)
-    return Summed(float(total), count)
-
-
-def _causal_batch(
-    rows: list[Window], stream: np.ndarray, owner: np.ndarray, separate: bool
-) -> tuple[TextBatch, Tensor]:
-    """The rows, and the tokens to predict at the batch's `where`."""
-    width = max(row.end - row.begin for row in rows)
-    tokens = np.zeros((len(rows), width), dtype=np.int64)
-    document = np.full((len(rows), width), -1, dtype=np.int64)
-    labels = np.full((len(rows), width), -1, dtype=np.int64)
-    for i, (begin, end, counted) in enumerate(rows):
-        n = end - begin
-        tokens[i, :n] = stream[begin:end]
-        document[i, :n] = owner[begin:end] if separate else 0
-        wanted = np.arange(begin + 1, end + 1) >= counted
-        if separate:
-            wanted &= owner[begin + 1 : end + 1] == owner[begin:end]
-        labels[i, :n][wanted] = stream[begin + 1 : end + 1][wanted]
-    where = np.flatnonzero(labels.reshape(-1) >= 0)
-    hides = separate or bool((document < 0).any())
-    batch = batch_of(
-        tokens,
-        document_ids=torch.from_numpy(document) if hides else None,
-        positions=torch.from_numpy(document_positions(document)) if separate else None,
-        where=torch.from_numpy(where),
-    )
-    return batch, torch.from_numpy(labels.reshape(-1)[where])
-
-
-@torch.inference_mode()
-def pseudo_nll(
-    model: MLM,
-    documents: list[Int64[np.ndarray, "_"]],
-    special: tuple[int, int, int],
-    batch_size: int = 32,
-) -> Summed:
-    """-log p of each token of each document, masked alone (Salazar et al. 2020, eq. 2).
-
-    documents: without special tokens, at most max_length - 2 tokens; special: ids of [CLS], [SEP], [MASK].
-    """
-    device, (cls, sep, mask) = model.head.bias.device, special
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for ids in tqdm(documents, desc="pseudo-perplexity", unit="doc", disable=None):
-        row = torch.from_numpy(np.concatenate([[cls], ids, [sep]])).to(device)
-        for places in torch.arange(1, len(ids) + 1, device=device).split(batch_size):
-            rows = row.repeat(len(places), 1)
-            copies = torch.arange(len(places), device=device)
-            rows[copies, places] = mask
-            states = model.encoder.encode(batch_of(rows))[copies, places]
-            total += token_nll(model.head(states), model.word_weights, model.head.bias, row[places])
-        count += len(ids)
-    return Summed(float(total), count)
-
-
-def token_nll(
-    states: Float[Tensor, "t d"], weights: Float[Tensor, "v d"], bias: Tensor | None, labels: Int64[Tensor, " t"]
-) -> Float[Tensor, ""]:
-    """Sum of -log p of the labels, float64."""
-    return linear_cross_entropy(states, weights, bias, labels, None)[0].double()
-
-
 def print_perplexity(result: dict[str, Any], console: Console) -> None:
     """The table, and what was cut, left out or unknown."""
     source, data = result["source"], result["data"]
     caption = f"{result['tokens']:,} tokens of {result['documents']:,} documents"
-    table = Table(title=f"{source['name']}{weights_title(source['weights'])} on {data['shards']}", caption=caption)
+    table = Table(
+        title=f"{source['name']}{weights_title(source['weights'])} on {data['shards']}", caption=caption
+    )
     for column in ("measure", "nll, nats a token", "perplexity", "bits per byte"):
         table.add_column(column, justify="left" if column == "measure" else "right")
     value, bits = result["perplexity"], result.get("bits_per_byte")
@@ -320,7 +199,9 @@ def remarks(result: dict[str, Any]) -> list[str]:
     if result["unknown"]:
         lines.append(f"{result['unknown']:,} tokens of the documents are [UNK], which is easy to predict")
     if result.get("one_by_one"):
-        lines.append("documents one by one, as in training; their first tokens are not predicted: no bits per byte")
+        lines.append(
+            "documents one by one, as in training; their first tokens are not predicted: no bits per byte"
+        )
     return lines
 
 

@@ -111,7 +111,9 @@ def load_text_runs(names: tuple[str, ...], weights: TextWeights, pool: Pool | No
     for run in runs:
         print_notes(run)
         if run.tokenizer.sha256 != runs[0].tokenizer.sha256:
-            raise ValueError(f"{run.name}: has another tokenizer than {runs[0].name}: probe them one at a time")
+            raise ValueError(
+                f"{run.name}: has another tokenizer than {runs[0].name}: probe them one at a time"
+            )
         set_pool(run.encoder, pool)
     check_averaged(runs)
     return runs
@@ -120,7 +122,9 @@ def load_text_runs(names: tuple[str, ...], weights: TextWeights, pool: Pool | No
 def set_pool(encoder: TextEncoder, pool: Pool | None) -> None:
     """What `features` are from now on. Raises ValueError for the first token of a causal encoder."""
     if pool == "cls" and encoder.config.causal:
-        raise ValueError("--pool cls: the first token has seen no other in a causal encoder; use mean or last")
+        raise ValueError(
+            "--pool cls: the first token has seen no other in a causal encoder; use mean or last"
+        )
     if pool is not None:
         encoder.config = encoder.config.model_copy(update={"pool": pool})
 

@@ -158,7 +158,7 @@ class TextClassifier(nn.Module):
 
     def group_matcher(self, coarse: bool) -> dict[str, Any]:
         """timm's protocol: what is below the blocks, each block, and the rest above."""
-        stem = r"^encoder\.(token_embed|pos_embed|type_embed|embed_norm)\."
+        stem = r"^encoder\.(?:token_embed|pos_embed|type_embed|embed_norm)\."
         return {"stem": stem, "blocks": [(r"^encoder\.blocks\.(\d+)", None)]}
 
 

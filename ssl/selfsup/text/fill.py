@@ -15,7 +15,8 @@ from selfsup.batch import TextBatch
 from selfsup.data.index import local_folder
 from selfsup.data.mask_tokens import Masking
 from selfsup.data.order import sample_order
-from selfsup.data.text import TextData, TrainText, open_rows
+from selfsup.data.rows import TextData, open_rows
+from selfsup.data.text import TrainText
 from selfsup.data.tokenizer import TOKENIZER_NAME
 from selfsup.data.tokens import is_token_folder
 from selfsup.objectives.blanks import blanks_table
@@ -71,7 +72,12 @@ def main_fill(
         (best >= 1, "--best", ">= 1", best),
         (targets >= 1, "--targets", ">= 1", targets),
         (0 <= seed < 2**32, "--seed", "0 <= seed < 2**32", seed),
-        (not (text and shards), "--shards", "no TEXT beside it: documents are graded, texts are filled", shards),
+        (
+            not (text and shards),
+            "--shards",
+            "no TEXT beside it: documents are graded, texts are filled",
+            shards,
+        ),
     ):
         if not holds:
             raise ValueError(f"{option}: expected {expected}, got {got}")

@@ -152,7 +152,10 @@ def generate(
 
 
 def filter_logits(
-    logits: Float[Tensor, "*b v"], temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: Float[Tensor, "*b v"],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> Float[Tensor, "*b v"]:
     """Logits over the temperature, -inf for what may not be drawn.
 

@@ -14,8 +14,8 @@ from selfsup.batch import TextBatch
 from selfsup.checkpoint import Weights, find_checkpoint, load_objective, read_recipe
 from selfsup.data.documents import open_texts
 from selfsup.data.index import ShardIndex, local_folder
+from selfsup.data.rows import TextData
 from selfsup.data.source import Source, Texts
-from selfsup.data.text import TextData
 from selfsup.data.tokenizer import TOKENIZER_NAME, TextTokenizer, load_tokenizer
 from selfsup.data.tokens import TokenIndex, is_token_folder, open_tokens
 from selfsup.encoders.text import TextEncoder
