@@ -60,8 +60,8 @@ def test_clock():
     clock = StepClock()
     clock.waited(0.5)
     clock.step()
-    values = clock.read(samples_per_step=8, flops_per_sample=10.0, peak=None)
+    values = clock.read(samples_per_step=8, unit=("images", 1), flops_per_sample=10.0, peak=None)
     assert values.keys() == {"images_per_s", "data_wait"} and values["images_per_s"] > 0
     clock.step()
-    values = clock.read(8, 10.0, 1e3)
-    assert values["mfu"] == pytest.approx(values["images_per_s"] * 10 / 1e3) and values["data_wait"] == 0
+    values = clock.read(8, ("tokens", 5), 10.0, 1e3)
+    assert values["mfu"] == pytest.approx(values["tokens_per_s"] / 5 * 10 / 1e3) and values["data_wait"] == 0

@@ -90,6 +90,10 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         targets = sum(b.targets for b in micro_batches)
         total, stopping, faults = dist.sum_over_ranks(targets, stop.requested, fault is not None)
         dist.raise_together(fault, faults)
+        if not total:
+            raise ValueError(
+                f"step {step}: nothing to predict in the whole batch; raise optim.batch_size or objective.mask_ratio"
+            )
         if stopping:
             outcome = "interrupted"
             break

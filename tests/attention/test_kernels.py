@@ -199,6 +199,8 @@ def test_auto_takes_what_was_measured():
     assert choose("cpu", torch.bfloat16, 48, 197, 197, []).kernel == "reference"
     assert choose("cpu", torch.float32, 48, 197, 197, []).kernel == "torch"
     assert choose("cuda", torch.bfloat16, 48, 197, 197, []).kernel == "torch"
+    assert choose("cpu", torch.float32, 48, 64, 64, [], causal=True).kernel == "torch"
+    assert choose("cpu", torch.bfloat16, 48, 64, 64, [], causal=True).kernel == "reference"
     for device in ("cpu", "cuda"):
         assert choose(device, torch.bfloat16, 48, 197, 197, ["softcap"]).kernel == "reference"
         long = choose(device, torch.bfloat16, TILED_FROM, 1, 1, ["softcap", "return_lse"])

@@ -164,7 +164,7 @@ def test_text_shards_and_token_shards_are_the_same(files, name):
     run, device = load_text_run(str(files[name])), torch.device("cpu")
     texts, tokens = (perplexity(run, files[kind], device, documents=15) for kind in ("texts", "tokens"))
     for key in ("nll", "tokens", "documents", "bytes", "perplexity"):
-        assert texts[key] == tokens[key], key
+        assert texts.get(key) == tokens.get(key), key
     assert tokens["documents"] == 15 < tokens["data"]["samples"]
 
 

@@ -27,29 +27,42 @@ class Choice(NamedTuple):
     why: str
 
 
-def pick(device: str, dtype: torch.dtype, scores: int, torch_knows_all: bool) -> AttentionName:
+def pick(
+    device: str, dtype: torch.dtype, scores: int, torch_knows_all: bool, causal: bool = False
+) -> AttentionName:
     """The kernel for a call, from what was measured. No text in here: torch.compile traces it with symbols."""
     if not torch_knows_all:
         return "reference" if scores < TILED_FROM else "tiled"
+    if causal and dtype == torch.float32:  # torch's kernel leaves out the half that nobody sees
+        return "torch"
     return "reference" if device == "cpu" and scores < TORCH_FROM.get(dtype, 0) else "torch"
 
 
 def choose(
-    device: str, dtype: torch.dtype, batch_heads: int, length: int, keys: int, unknown_to_torch: list[str]
+    device: str,
+    dtype: torch.dtype,
+    batch_heads: int,
+    length: int,
+    keys: int,
+    unknown_to_torch: list[str],
+    causal: bool = False,
 ) -> Choice:
     """What `pick` takes, with the reason.
 
     device: its type, "cpu" or "cuda". dtype: of the matrix products. batch_heads: batch entries times heads.
-    unknown_to_torch: the options of the call that torch's kernel cannot honour (softcap, return_lse).
+    unknown_to_torch: the options of the call that torch's kernel cannot honour (softcap, return_lse). causal:
+    with is_causal.
     """
     scores = batch_heads * length * keys
-    kernel = pick(device, dtype, scores, not unknown_to_torch)
+    kernel = pick(device, dtype, scores, not unknown_to_torch, causal)
     limit, name = TORCH_FROM.get(dtype, 0), str(dtype).removeprefix("torch.")
     if unknown_to_torch:
         missing = f"torch's kernel has no {' and no '.join(unknown_to_torch)}"
         why = f"{missing}, and {scores:,} scores are {'not ' if kernel == 'reference' else ''}too many to keep"
     elif device != "cpu":
         why = f"its fused kernels; nothing else was measured on {device}"
+    elif causal and dtype == torch.float32:
+        why = "in float32 on a CPU its fused kernel is faster for causal calls, of which it skips half"
     elif kernel == "reference":
         why = f"in {name} on a CPU plain matrix products are faster below {limit:,} scores, here {scores:,}"
     else:
@@ -62,8 +75,12 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: 
     device = q.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
     known = not (options.get("softcap") or options.get("return_lse"))
-    kernel = pick(device, dtype, math.prod(q.shape[:-1]) * k.shape[-2], known)
-    slopes, dropout_p = options.get("alibi_slopes"), arguments[1] if len(arguments) > 1 else options.get("dropout_p")
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), arguments), **options)
+    extras = ("alibi_slopes", "document_ids", "window")
+    plain = all(options.get(name) is None for name in extras)
+    causal = bool(given.get("is_causal")) and plain and q.shape[-2] == k.shape[-2]
+    kernel = pick(device, dtype, math.prod(q.shape[:-1]) * k.shape[-2], known, causal)
+    slopes, dropout_p = options.get("alibi_slopes"), given.get("dropout_p")
     if kernel == "tiled" and (dropout_p or (slopes is not None and slopes.requires_grad)):
         kernel = "reference"  # the only one with both
     return KERNELS[kernel](q, k, v, *arguments, **options)

@@ -131,6 +131,7 @@ def main_explain(
     dtype: str = "bf16",
     softcap: bool = False,
     lse: bool = False,
+    causal: bool = False,
 ) -> None:
     """Says which kernel `attention: auto` takes, and why.
 
@@ -142,9 +143,10 @@ def main_explain(
         dtype: of the matrix products: bf16, fp16, fp32, fp64.
         softcap: the call has a soft cap.
         lse: the call wants the log-sum-exp.
+        causal: the call is causal, and nothing else is masked.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     unknown = [name for name, given in (("softcap", softcap), ("return_lse", lse)) if given]
-    print(": ".join(choose(device, DTYPES[dtype], heads, length, keys or length, unknown)))
+    print(": ".join(choose(device, DTYPES[dtype], heads, length, keys or length, unknown, causal)))
     print("scores = batch x heads x queries x keys; measured: see README.md, Attention")

@@ -120,7 +120,7 @@ class AttentiveHead(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), "gelu")
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), "gelu", bias=True)
         self.init_weights()
         self.classifier = nn.Linear(dim, classes)  # starts as torch's own do, in V-JEPA too
 

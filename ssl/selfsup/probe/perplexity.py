@@ -124,7 +124,7 @@ def perplexity(
     tokens = read_tokens(source, numbers)
     bytes_ = int(byte_lengths(source)[numbers].sum())
     about: dict[str, Any] = {
-        "documents": len(numbers), "empty": sum(not len(ids) for ids in tokens), "bytes": bytes_,
+        "documents": len(numbers), "empty": sum(not len(ids) for ids in tokens),
         "unknown": int(sum((ids == run.tokenizer.unk).sum() for ids in tokens)),
     }  # fmt: skip
     tokens = [ids for ids in tokens if len(ids)]
@@ -135,7 +135,7 @@ def perplexity(
             found = causal_nll(model, tokens, run.tokenizer.sep, stride, run.separate, batch_size)
         how = {"measure": "perplexity", "stride": stride or run.max_length, "one_by_one": run.separate}
         bits = None if run.separate else found.nll / math.log(2) / bytes_
-        how["bits_per_byte"] = bits
+        how |= {"bytes": bytes_, "bits_per_byte": bits}
     else:
         most = run.max_length - 2
         about["truncated"] = sum(len(ids) > most for ids in tokens)
