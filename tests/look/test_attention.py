@@ -91,7 +91,7 @@ def test_equals_the_softmax_of_what_reaches_the_kernel(form, monkeypatch):
     ours = shaken(validate(ViTConfig, {**SMALL, **form})).eval()
     images, caught = torch.randn(2, 3, 32, 32), []
 
-    def kernel(q, k, v):
+    def kernel(q, k, v, *rules, **options):
         caught.append((q.double() @ k.double().transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1))
         return (caught[-1] @ v.double()).float()
 
@@ -113,7 +113,7 @@ class TurnedLayer(nn.Module):
         super().__init__()
         self.heads, self.proj = layer.heads, layer.proj
 
-    def forward(self, x, rotation):
+    def forward(self, x, rotation, scope, cache):
         b, m, d = x.shape
         q, k, v = self.heads(x, rotation)
         q = torch.cat([-q[..., 1::2], q[..., ::2]], dim=-1)
