@@ -12,7 +12,7 @@ started=$SECONDS
 if [ -f "$run/config.yaml" ]; then
     .venv/bin/selfsup train --resume "$run"
 else
-    .venv/bin/selfsup train configs/mlm/quickstart.yaml
+    .venv/bin/selfsup train configs/mlm/quickstart.yaml "$@"  # such as --optim.steps 40
 fi
 .venv/bin/selfsup fill "$run" --shards data/python-docs/test-tokens
 .venv/bin/selfsup fill "$run" "Return the [MASK] of the list." "Raises ValueError if the [MASK] is not found."

@@ -1,37 +1,11 @@
 """The README's first command, in a copy of the repository, and its gate over three seeds."""
 
 import json
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
+from cloned import clone, pytestmark, run  # noqa: F401  (a fixture, and the marks)
 from running import ROOT
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "selfsup").exists(), reason="needs ./launch/setup.sh"),
-]
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    """A fresh copy that shares the installed .venv."""
-    folder = tmp_path_factory.mktemp("clone")
-    for name in ("launch", "configs", "tools"):
-        shutil.copytree(ROOT / name, folder / name)
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    (folder / ".venv").symlink_to(ROOT / ".venv")
-    return folder
-
-
-def run(clone: Path, *command: str) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
