@@ -9,16 +9,14 @@ import pytest
 
 from running import ROOT
 
-pytestmark = [
+needs_setup = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "selfsup").exists(), reason="needs ./launch/setup.sh"),
 ]
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    """A fresh copy that shares the installed .venv."""
-    folder = tmp_path_factory.mktemp("clone")
+def copy_repository(folder: Path) -> Path:
+    """What the commands need, in a folder that shares the installed .venv."""
     for name in ("launch", "configs", "tools"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "pyproject.toml", folder)

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from cloned import clone, pytestmark, run  # noqa: F401  (a fixture, and the marks)
+from cloned import needs_setup, run
 from running import ROOT
+
+pytestmark = needs_setup
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from cloned import clone, pytestmark, run  # noqa: F401  (a fixture, and the marks)
+from cloned import needs_setup, run
 
+pytestmark = needs_setup
 RUN = "runs/mlm-quickstart"
 
 
