@@ -274,11 +274,21 @@ def test_load_encoder_and_init_from(recipe, tmp_path):
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(encoder(images), saved.objective.encoder.eval()(images))
     fresh = state_of(recipe, 3, 0)
-    assert "all weights" in init_from(tmp_path, fresh.objective, recipe)
+    assert "all weights" in init_from(tmp_path, fresh.objective, recipe, {})
     assert torch.equal(fresh.objective.decoder.mask_token, saved.objective.decoder.mask_token)
     wider = validate(Recipe, {**CONTENT, "encoder": {**CONTENT["encoder"], "embed_dim": 32}})
     with pytest.raises(ValueError, match="do not fit this recipe, first .*: expected .* got"):
-        init_from(tmp_path, state_of(wider, 0, 0).objective, wider)
+        init_from(tmp_path, state_of(wider, 0, 0).objective, wider, {})
+
+
+def test_weights_of_another_tokenizer_are_refused(recipe, tmp_path):
+    """Shapes say nothing: two vocabularies of one size number other words."""
+    saved = state_of(recipe, 0)
+    save_checkpoint(tmp_path, saved._replace(facts={**saved.facts, "tokenizer_sha256": "a" * 64}))
+    fresh = state_of(recipe, 3, 0).objective
+    assert "all weights" in init_from(tmp_path, fresh, recipe, {"tokenizer_sha256": "a" * 64})
+    with pytest.raises(ValueError, match="for another tokenizer: expected SHA-256 aaaaaaaaaaaa, data.shards has b"):
+        init_from(tmp_path, fresh, recipe, {"tokenizer_sha256": "b" * 64})
 
 
 def test_a_target_starts_from_the_encoder_of_another_objective(tmp_path):
@@ -286,12 +296,12 @@ def test_a_target_starts_from_the_encoder_of_another_objective(tmp_path):
     simclr, byol = joint.recipe(), joint.recipe(objective={"name": "byol"})
     saved, fresh = state_of(simclr, 0), state_of(byol, 3, 0)
     save_checkpoint(tmp_path, saved)
-    assert "the encoder's weights and its target's" in init_from(tmp_path, fresh.objective, byol)
+    assert "the encoder's weights and its target's" in init_from(tmp_path, fresh.objective, byol, {})
     for network in (fresh.objective.encoder, fresh.objective.target_encoder):
         assert equal(dict(network.state_dict()), dict(saved.objective.encoder.state_dict()))
     again = state_of(byol, 5, 0)
     save_checkpoint(tmp_path / "byol", fresh)
-    assert "all weights" in init_from(tmp_path / "byol", again.objective, byol)
+    assert "all weights" in init_from(tmp_path / "byol", again.objective, byol, {})
     assert equal(dict(fresh.objective.state_dict()), dict(again.objective.state_dict()))
 
 

@@ -115,6 +115,7 @@ TEXT_FORMS = [
     {},
     {"post_norm": True, "embed_norm": True, "token_types": 2, "hidden_dim": 40},
     {"positions": "rope", "activation": "swiglu", "num_kv_heads": 1, "norm": "rms", "bias": False},
+    {"positions": "rope", "activation": "geglu", "embed_norm": True, "bias": False},
     {"positions": "alibi", "vocab_size": 300},
 ]
 

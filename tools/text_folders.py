@@ -2,14 +2,13 @@
 
 import bz2
 import gzip
-import hashlib
 import lzma
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from selfsup.data.index import ShardIndex
-from selfsup.data.pack import Plan, Sample, pack_plan
+from selfsup.data.pack import Sample, pack_samples
 from selfsup.data.tokenize import tokenize_shards
 from selfsup.data.tokenizer import Kind, load_tokenizer, train_tokenizer
 from selfsup.data.tokens import TokenIndex, open_tokens
@@ -43,8 +42,7 @@ def pack_texts(documents: list[tuple[str, int, str]], classes: list[str], dest: 
     Raises ValueError where `dest` holds shards of something else.
     """
     samples = [Sample(key, "txt", label, text.encode()) for key, label, text in documents]
-    stamps = [[s.key, s.extension, s.label, hashlib.sha256(s.content).hexdigest()] for s in samples]
-    report = pack_plan(Plan(samples, stamps, classes, [], {}, "documents"), dest, 5000, 1)
+    report = pack_samples(samples, classes, dest)
     print(report)
     return report.index
 

@@ -269,15 +269,23 @@ def _tensors(checkpoint: Path, recipe: Recipe, weights: Weights) -> dict[str, Te
     return load_file(checkpoint / (EMA_FILE if weights == "ema" else "objective.safetensors"))
 
 
-def init_from(source: Path, objective: nn.Module, recipe: Recipe) -> str:
+def init_from(source: Path, objective: nn.Module, recipe: Recipe, facts: dict[str, Any]) -> str:
     """Loads weights only, for a new run; returns lines saying what was taken and what passed over.
 
     The whole objective where the saved one has the same name, else its encoder; a target network's too, which
     would otherwise begin at random and have the online one unlearn what it brings.
-    Raises ValueError where shapes or names do not fit.
+    facts: of the new run's data, as TrainState has them. Raises ValueError where shapes or names do not fit, and
+    for weights that read text by another tokenizer: every token would mean another word.
     """
     checkpoint, passed_over = find_checkpoint(source)
     saved = read_recipe(checkpoint)
+    known = json.loads((checkpoint / "state.json").read_text()).get("tokenizer_sha256")
+    ours = facts.get("tokenizer_sha256")
+    if None not in (known, ours) and known != ours:
+        raise ValueError(
+            f"--init-from {source}: its weights are for another tokenizer: expected SHA-256 {known[:12]}, data.shards "
+            f"has {ours[:12]}; tokenise with the tokenizer.json of that run's folder"
+        )
     weights = load_file(checkpoint / "objective.safetensors")
     fresh = objective.state_dict()
     whole = saved.objective.name == recipe.objective.name

@@ -1,25 +1,34 @@
 """What a run would be, without running it."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from selfsup import start
+from selfsup import checkpoint, start
 from selfsup.checkpoint import TrainState
 from selfsup.config import dump_yaml
 from selfsup.optim import build_optimizer
 from selfsup.recipe import Recipe
 
 
-def dry_run(recipe: Recipe) -> None:
-    """Prints the resolved config, sizes and costs, and takes one micro-batch forward and backward."""
+def dry_run(recipe: Recipe, weights: Path | None = None) -> None:
+    """Prints the resolved config, sizes and costs, and takes one micro-batch forward and backward.
+
+    weights: a run or checkpoint to begin from. Raises ValueError for whatever the user can mend.
+    """
     device = start.accelerator(recipe).device
     plan, data = start.batch_plan(recipe), start.open_data(recipe)
     objective = start.build_objective(recipe, device)
+    if weights is not None:
+        start.say(checkpoint.init_from(weights, objective, recipe, start.data_facts(data)))
     optimizer = build_optimizer(recipe.optim, objective)
     state = TrainState(objective, optimizer, None, recipe, 0, 0, {})
     batches = start.open_batches(recipe, data, plan, state)
     batch = recipe.data.to(next(batches), device)
     batches.close()
+    if not batch.targets:
+        raise ValueError("nothing to predict in a micro-batch, its documents are empty; raise optim.batch_size")
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in objective.parameters()}
 

@@ -27,9 +27,9 @@ class PrecisionConfig(Section):
 
 
 class RunConfig(Section):
-    """Where and how to run: nothing here changes the result beyond rounding (with drop path on, the
+    """Where and how to run: nothing here changes the result beyond rounding (with dropout or drop path on, the
     micro-batches and torch.compile, there with activation_checkpointing, decide which random numbers
-    it draws; with batch norm, as in byol's heads, its statistics are those of a micro-batch over all
+    they draw; with batch norm, as in byol's heads, its statistics are those of a micro-batch over all
     processes)."""
 
     dir: str
@@ -145,6 +145,8 @@ class Recipe(Section):
                 )
         elif data.packing == "pairs":
             raise ValueError(f"data.packing: pairs are for mlm, got objective.name {self.objective.name}")
+        if self.run.augment != "auto":
+            raise ValueError(f"run.augment: changes the colours of images, text has none; remove {self.run.augment}")
 
     def _check_images(self, data: ImageData) -> None:
         """As many views of an image as the objective compares, of the size and channels that the encoder takes."""
@@ -172,7 +174,7 @@ class Recipe(Section):
 
     @property
     def throughput(self) -> tuple[str, int]:
-        """What speed is counted in, and how many of them a sample is."""
+        """What speed is counted in, and how many of them a sample is: of a row all places, padding too."""
         return ("tokens", self.encoder.max_length) if isinstance(self.encoder, TextConfig) else ("images", 1)
 
 
@@ -182,19 +184,19 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 
 
 def resumed(recipe: Recipe, changes: dict[str, Any], run_dir: Path) -> Recipe:
-    """The recipe with what a resumed run may change: its `run` section, and where its shards lie now.
+    """The recipe with what a resumed run may change: its `run` section, and where its shards and tokenizer lie now.
 
-    Raises ValueError for any other key, and for another run.dir. That the shards are the same is for
-    their fingerprint to say.
+    Raises ValueError for any other key, and for another run.dir. That they are the same is for their
+    fingerprints to say.
     """
-    allowed = {"run": None, "data": {"shards"}}
+    allowed = {"run": None, "data": {"shards", "tokenizer"}}
     others = {key for key in changes if key not in allowed or not isinstance(changes[key], dict)}
     for section in changes.keys() - others:
         others |= {f"{section}.{key}" for key in changes[section] if key not in (allowed[section] or {key})}
     if others:
         raise ValueError(
-            f"{', '.join(sorted(others))}: a resumed run keeps its recipe; only --run.* and --data.shards may "
-            f"change. For a new run from these weights use --init-from"
+            f"{', '.join(sorted(others))}: a resumed run keeps its recipe; only --run.*, --data.shards and "
+            f"--data.tokenizer may change. For a new run from these weights use --init-from"
         )
     asked = str(changes.get("run", {}).get("dir", run_dir))
     if Path(asked).expanduser().absolute() != run_dir.absolute():

@@ -2,7 +2,7 @@
 
 selfsup train CONFIG [--section.key value ...]      a new run
 selfsup train --resume DIR                          an interrupted run goes on (only --run.* and
-                                                    --data.shards may change)
+                                                    the paths of its data may change)
 selfsup train CONFIG --init-from DIR                a new run from the trained weights of another
 selfsup train CONFIG --dry-run                      print what would run, take one batch through
 
@@ -24,6 +24,7 @@ import torch
 from selfsup import checkpoint, dist, flops, run_folder, start
 from selfsup.checkpoint import TrainState
 from selfsup.config import parse_overrides
+from selfsup.data.rows import Rows
 from selfsup.dry_run import dry_run
 from selfsup.ema import Ema
 from selfsup.keyed import Purpose, random_bits
@@ -41,12 +42,12 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     """
     accelerator = start.accelerator(recipe)
     plan, data = start.batch_plan(recipe), start.open_data(recipe)
-    objective = start.build_objective(recipe, accelerator.device)
+    objective, facts = start.build_objective(recipe, accelerator.device), start.data_facts(data)
     if weights is not None:
-        start.say(dist.together(checkpoint.init_from, weights, objective, recipe))
+        start.say(dist.together(checkpoint.init_from, weights, objective, recipe, facts))
     optimizer = build_optimizer(recipe.optim, objective)
     ema = None if recipe.optim.ema is None else Ema(objective, recipe.optim.ema)
-    state = TrainState(objective, optimizer, accelerator.scaler, recipe, 0, 0, start.data_facts(data), ema)
+    state = TrainState(objective, optimizer, accelerator.scaler, recipe, 0, 0, facts, ema)
     if resume is not None:
         state = start.resume(resume, state)
     run_dir, optim, run = Path(recipe.run.dir), recipe.optim, recipe.run
@@ -61,7 +62,7 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     log = dist.on_first_rank(MetricsLog, run_dir, state.step, optim.steps)
     start.summarise(recipe, plan, data, state, accelerator.device)
     monitor, monitored = None, 0 < run.monitor_every <= optim.steps
-    if monitored:
+    if monitored or (run.monitor_every and isinstance(data, Rows)):  # text it never measures, and says so
         monitor = dist.on_first_rank(open_monitor, recipe, data, accelerator.device)
     elif run.monitor_every:
         start.say(f"monitor    off: run.monitor_every {run.monitor_every} is beyond the last step {optim.steps}")
@@ -92,7 +93,7 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         dist.raise_together(fault, faults)
         if not total:
             raise ValueError(
-                f"step {step}: nothing to predict in the whole batch; raise optim.batch_size or objective.mask_ratio"
+                f"step {step}: nothing to predict in the whole batch, its documents are empty; raise optim.batch_size"
             )
         if stopping:
             outcome = "interrupted"
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _leave(go_on(options.resume, overrides))
         recipe = load_recipe(config, overrides)
         if options.dry_run:
-            dry_run(recipe)
+            dry_run(recipe, options.init_from)
             return 0
         return _leave(train(recipe, weights=options.init_from))
     except dist.OtherRankFailed:

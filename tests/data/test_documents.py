@@ -216,6 +216,12 @@ def test_a_document_too_large_is_refused_with_the_fix(tmp_path, monkeypatch):
     assert len(pack_text(file, tmp_path / "out", documents="paragraph").index) == 2
 
 
+def test_paragraphs_of_jsonl_are_refused(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "one\n\ntwo"}])
+    with pytest.raises(ValueError, match="documents: .*a.jsonl holds JSONL, a document a line; leave it out"):
+        pack_text(file, tmp_path / "out", documents="paragraph")
+
+
 # ---- interrupted, repeated, changed ---------------------------------------------------------------
 
 
@@ -236,6 +242,8 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             pack_text(file, tmp_path / "out", 4)
     monkeypatch.setattr(text_sources.Line, "read_bytes", read)
+    with pytest.raises(ValueError, match="no index.safetensors; packing it was interrupted: call selfsup data pack"):
+        open_texts(str(tmp_path / "out"))
     kept = len(tars(tmp_path / "out"))
     report = pack_text(file, tmp_path / "out", 4)
     assert 0 < kept < 5 and report.kept_shards == kept and tars(tmp_path / "out") == whole
@@ -286,6 +294,10 @@ def test_auto_looks_and_refuses_both(tmp_path, capsys):
     assert "1 documents in 1 shards" in capsys.readouterr().out
     with pytest.raises(ValueError, match="documents: .* holds images, which have no paragraphs"):
         main_pack(str(image), tmp_path / "c", kind="images", documents="paragraph", processes=1)
+    for ignored in ({"kind": "text"}, {"documents": "paragraph"}, {"samples_per_shard": 10}):
+        with pytest.raises(ValueError, match="python-docs: --kind, --documents and --samples-per-shard mean nothing"):
+            main_pack("python-docs", tmp_path / "d", processes=1, **ignored)
+    assert not (tmp_path / "d").exists()
     with pytest.raises(ValueError, match="expected a folder for the shards: selfsup data pack"):
         main_pack(str(image))
 

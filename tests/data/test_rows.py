@@ -347,6 +347,14 @@ def test_a_gpt2_tokenizer_serves_gpt_rows_only(tmp_path):
     assert made.row(0, 0, 0).ids.tolist() == [5] * 9 + [256] * 4 and made.row(0, 0, 0).document[
         9:
     ].tolist() == [0, -1, -1, -1]
+    made = rows_of((None, index), "concat", wrap="gpt", next_token=True)
+    stream = [5] * 9 + [256] + [6] * 30 + [256]
+    start = rows.shift(0, 0, LENGTH)
+    assert made.row(0, 0, 1).ids.tolist() == stream[start + LENGTH :][: LENGTH + 1]
+    made = rows_of((None, index), "bestfit", wrap="gpt", next_token=True)
+    assert [made.row(0, 0, n).ids.tolist() for n in range(4)] == [
+        [6] * 13, [6] * 13, [5] * 9 + [256] * 4, [6] * 4 + [256] * 9,
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=re.escape("it has no [CLS], [MASK]")):
         rows_of((None, index), "pad")
     with pytest.raises(ValueError, match=re.escape("it has no [MASK]")):

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -264,6 +266,17 @@ def test_nothing_half_written_is_left(texts, saved, tmp_path, monkeypatch):
                 tokenize_shards(texts, tmp_path / "out", saved)
         assert sorted(tmp_path.iterdir()) == before
     assert len(tokenize_shards(texts, tmp_path / "out", saved)) == 15
+
+
+def test_what_a_killed_run_left_is_removed(texts, saved, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process in (ended.pid, os.getpid(), os.getppid()):
+        (tmp_path / f".o[u]t.tmp-{process}").mkdir()
+    (tmp_path / f".out.tmp-{ended.pid}").mkdir()  # of another folder
+    assert len(tokenize_shards(texts, tmp_path / "o[u]t", saved)) == 15
+    left = {path.name for path in tmp_path.glob(".*.tmp-*")}
+    assert left == {f".o[u]t.tmp-{os.getppid()}", f".out.tmp-{ended.pid}"}
 
 
 def test_what_is_there_is_not_overwritten(tokens, texts, saved, tmp_path):

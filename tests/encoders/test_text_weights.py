@@ -71,8 +71,9 @@ def names(**options) -> list[str]:
     return list(validate(TextConfig, options).build().state_dict())
 
 
-def test_swiglus_width_and_names_on_disk():
-    assert TextConfig(embed_dim=768, activation="swiglu", num_heads=12).mlp_dim == 2048
+def test_gated_widths_and_names_on_disk():
+    for gated in ("swiglu", "geglu"):
+        assert TextConfig(embed_dim=768, activation=gated, num_heads=12).mlp_dim == 2048
     assert TextConfig(embed_dim=64).mlp_dim == 256 and TextConfig(hidden_dim=7).mlp_dim == 7
     bert = {"post_norm": True, "embed_norm": True, "token_types": 2, "depth": 1}
     parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -82,3 +83,7 @@ def test_swiglus_width_and_names_on_disk():
     modern = {"norm": "rms", "positions": "rope", "bias": False, "depth": 1}
     expected = ["token_embed.weight", *(n for n in block if n.endswith("weight")), "norm.weight"]
     assert names(**modern) == expected
+    # As in ModernBERT the first block has no norm before its attention where the embeddings are normed.
+    both = names(**{**modern, "depth": 2, "embed_norm": True})
+    assert both[:3] == ["token_embed.weight", "embed_norm.weight", "blocks.0.attn.qkv.weight"]
+    assert "blocks.0.norm1.weight" not in both and "blocks.1.norm1.weight" in both

@@ -43,6 +43,10 @@ TEXT_FORMS: dict[str, dict[str, Any]] = {
         "encoder": {"post_norm": True, "embed_norm": True, "norm_eps": 1e-12, "token_types": 2},
     },
     "megatron": {"objective": {"name": "mlm"}, "encoder": {"token_types": 2}},
+    "modernbert": {
+        "objective": {"name": "mlm"},
+        "encoder": {"embed_norm": True, "positions": "rope", "activation": "geglu", "bias": False},
+    },
     "gpt2": {"objective": {"name": "clm"}, "encoder": {"causal": True, "activation": "gelu_tanh"}},
     "llama": {
         "objective": {"name": "clm"},

@@ -37,6 +37,11 @@ VARIANTS = {
     "megatron untied, bare": (
         "megatron", {**UNTIED, "encoder": {"token_types": 0, "bias": False}}, "MegatronBertForMaskedLM"
     ),
+    "modernbert": ("modernbert", {}, "ModernBertForMaskedLM"),
+    "modernbert untied, biases": ("modernbert", {**UNTIED, "encoder": {"bias": True}}, "ModernBertForMaskedLM"),
+    "modernbert other": (
+        "modernbert", {"encoder": {"rope_base": 5e5, "norm_eps": 1e-6, "hidden_dim": 40}}, "ModernBertForMaskedLM"
+    ),
     "gpt2": ("gpt2", {}, "GPT2LMHeadModel"),
     "gpt2 untied, no bias": ("gpt2", {**UNTIED, "encoder": {"bias": False, "norm_eps": 1e-6}}, "GPT2LMHeadModel"),
     "gpt2 other": ("gpt2", {"encoder": {"activation": "quick_gelu", "hidden_dim": 40}}, "GPT2LMHeadModel"),
@@ -48,7 +53,7 @@ VARIANTS = {
         "LlamaForCausalLM",
     ),
 }  # fmt: skip
-every_form = pytest.mark.parametrize("form", ["bert", "megatron", "gpt2", "llama"])
+every_form = pytest.mark.parametrize("form", ["bert", "megatron", "modernbert", "gpt2", "llama"])
 
 
 def loaded(folder, kind):
@@ -75,7 +80,7 @@ def test_transformers_gives_our_outputs(make_text_run, run_card, form, changes, 
     assert [(c.library, c.dtype) for c in report.checks] == [
         (f"{library} {kind}", "float32"),
         (f"{library} {kind}", "float64"),
-        *([(f"{library} {kind} rotary angles", "float32")] if form == "llama" else []),
+        *([(f"{library} {kind} rotary angles", "float32")] if form in ("modernbert", "llama") else []),
         (f"{library} AutoTokenizer", "int64"),
     ]
     theirs = loaded(report.folder, kind)
@@ -90,7 +95,7 @@ def test_transformers_gives_our_outputs(make_text_run, run_card, form, changes, 
     assert rows == recipe.encoder.vocab_size < len(model.encoder.token_embed.weight)
     (variables,) = run_card(report.folder, torch.zeros(1))
     card = (report.folder / "README.md").read_text()
-    if form in ("bert", "megatron"):
+    if form in ("bert", "megatron", "modernbert"):
         assert len(variables["guesses"]) == 5 and "pipeline_tag: fill-mask" in card
     else:
         assert 2 <= variables["tokens"].shape[1] <= 40 and "pipeline_tag: text-generation" in card
@@ -126,7 +131,9 @@ def type_of(form):
     return {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[form]
 
 
-KEPT_ONCE = {"bert": "decoder", "megatron": "decoder", "gpt2": "lm_head", "llama": "lm_head"}
+KEPT_ONCE = {
+    "bert": "decoder", "megatron": "decoder", "modernbert": "decoder.weight", "gpt2": "lm_head", "llama": "lm_head"
+}  # fmt: skip
 
 
 @every_form
@@ -188,13 +195,23 @@ REFUSED = [
     ("bert", {"activation": "quick_gelu"}, "encoder.activation is quick_gelu, .*has gelu or gelu_tanh"),
     ("bert", {"num_kv_heads": 2}, "encoder.num_kv_heads is 2, BertForMaskedLM has as many as encoder.num_heads 4"),
     ("megatron", {"embed_norm": True}, "encoder.embed_norm is true, .*MegatronBertForMaskedLM, has false"),
-    ("megatron", {"positions": "rope"}, "encoder.positions is rope, .*has learned"),
+    ("megatron", {"positions": "alibi"}, "encoder.positions is alibi, .*MegatronBertForMaskedLM, has learned"),
+    ("megatron", {"positions": "rope"}, "encoder.embed_norm is false, .*ModernBertForMaskedLM, has true"),
+    ("megatron", {"activation": "geglu"}, "encoder.embed_norm is false, .*ModernBertForMaskedLM, has true"),
+    ("modernbert", {"positions": "learned"}, "encoder.positions is learned, .*ModernBertForMaskedLM, has rope"),
+    ("modernbert", {"token_types": 2}, "encoder.token_types is 2, .*ModernBertForMaskedLM, has 0"),
+    ("modernbert", {"norm": "rms"}, "encoder.norm is rms, .*ModernBertForMaskedLM, has layer"),
+    ("modernbert", {"activation": "swiglu"}, "encoder.activation is swiglu, .*has geglu"),
+    ("modernbert", {"activation": "gelu"}, "encoder.activation is gelu, .*has geglu"),
+    ("modernbert", {"post_norm": True}, "encoder.positions is rope, .* BertForMaskedLM, has learned"),
+    ("modernbert", {"num_kv_heads": 2}, "encoder.num_kv_heads is 2, ModernBertForMaskedLM has as many"),
     ("gpt2", {"positions": "none"}, "encoder.positions is none, .*GPT2LMHeadModel, has learned"),
     ("gpt2", {"positions": "alibi"}, "encoder.positions is alibi, .*GPT2LMHeadModel, has learned"),
     ("gpt2", {"token_types": 2}, "encoder.token_types is 2, .*has 0"),
     ("gpt2", {"post_norm": True}, "encoder.post_norm is true, .*has false"),
     ("gpt2", {"positions": "rope"}, "encoder.norm is layer, .*LlamaForCausalLM, has rms"),
     ("gpt2", {"num_kv_heads": 1}, "encoder.num_kv_heads is 1, GPT2LMHeadModel .*Only LlamaForCausalLM has fewer"),
+    ("llama", {"activation": "geglu"}, "encoder.activation is geglu, .*LlamaForCausalLM, has swiglu"),
     ("llama", {"activation": "gelu"}, "encoder.activation is gelu, .*has swiglu"),
     ("llama", {"positions": "alibi"}, "encoder.positions is alibi, .*has rope"),
     ("llama", {"embed_norm": True}, "encoder.embed_norm is true, .*has false"),
@@ -294,7 +311,7 @@ def own_decoder(weights, name):
 
 BERT = "bert.encoder.layer.1."
 GPT2 = "transformer.h.1."
-LLAMA = "model.layers.1."
+LLAMA = MODERN = "model.layers.1."
 WEIGHTS = [
     ("bert", swapped, f"{BERT}attention.self.query.weight", f"{BERT}attention.self.key.weight"),
     ("bert", swapped, f"{BERT}attention.output.LayerNorm.bias", f"{BERT}output.LayerNorm.bias"),
@@ -305,6 +322,12 @@ WEIGHTS = [
     ("bert", without, "cls.predictions.bias"),
     ("megatron", swapped, f"{BERT}attention.ln.weight", f"{BERT}ln.weight"),
     ("megatron", without, "bert.encoder.ln.weight"),
+    ("modernbert", rolled, f"{MODERN}mlp.Wi.weight", 128),  # value first: 2/3 of 4 * 32, in sixty-fours
+    ("modernbert", rolled, f"{MODERN}attn.Wqkv.weight", 32),
+    ("modernbert", swapped, f"{MODERN}attn_norm.weight", f"{MODERN}mlp_norm.weight"),
+    ("modernbert", swapped, "head.norm.weight", "model.final_norm.weight"),
+    ("modernbert", rolled, "decoder.bias", 1),
+    ("modernbert", without, "decoder.bias"),
     ("gpt2", rolled, f"{GPT2}attn.c_attn.weight", 32),
     ("gpt2", transposed, f"{GPT2}attn.c_proj.weight"),
     ("gpt2", transposed, f"{GPT2}mlp.c_fc.weight"),
@@ -331,6 +354,13 @@ CONFIGS = [
     ("bert", {"tie_word_embeddings": False}),
     ("bert", {"vocab_size": 320}),
     ("megatron", {"layer_norm_eps": 1e-12}),
+    ("modernbert", {"norm_eps": 1e-12}),
+    ("modernbert", {"global_rope_theta": 10001.0}),
+    ("modernbert", {"hidden_activation": "gelu_new"}),
+    ("modernbert", {"classifier_activation": "silu"}),
+    ("modernbert", {"norm_bias": True}),
+    ("modernbert", {"classifier_bias": True}),
+    ("modernbert", {"global_attn_every_n_layers": 2, "local_attention": 16}),
     ("gpt2", {"layer_norm_epsilon": 1e-6}),
     ("gpt2", {"activation_function": "gelu"}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
@@ -355,9 +385,10 @@ def interleaved(x, rotation):
     return x * cos + torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2) * sin
 
 
-def test_another_layout_of_the_rotation_is_caught(make_text_run, monkeypatch):
+@pytest.mark.parametrize("form", ["modernbert", "llama"])
+def test_another_layout_of_the_rotation_is_caught(make_text_run, monkeypatch, form):
     monkeypatch.setattr("selfsup.layers.attention.rotate", interleaved)
-    refused(make_text_run("llama"), "largest difference")
+    refused(make_text_run(form), "largest difference")
 
 
 @pytest.mark.parametrize(

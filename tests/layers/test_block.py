@@ -119,7 +119,7 @@ def test_planted_differences_from_llama_are_caught(monkeypatch):
     made, rotation = shaken(num_kv_heads=2, **LLAMA), rotation_1d(DIM // HEADS, 7)
     right = llama(rows(), made, rotation, 2)
     bugs = [
-        (block.SwiGLU, "forward", block, "silu(gate) * value", "silu(value) * gate"),
+        (block.GatedUnit, "forward", block, "self.act(gate) * value", "self.act(value) * gate"),
         (Attention, "heads", attention, "rotate(k, rotation)", "k"),
         (Attention, "heads", attention, "h=self.num_kv_heads)", "h=self.num_kv_heads).flip(1)"),
     ]
@@ -127,6 +127,25 @@ def test_planted_differences_from_llama_are_caught(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, exec_changed(module, f"{owner.__name__}.{name}", old, new))
             assert (made(rows(), rotation) - right).abs().max() > 1e-3, old
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_geglu_mlp_written_out(bias):
+    """GELU by its definition, x P(N(0, 1) <= x), of the first half, times the second (Shazeer 2020, sec. 2)."""
+    mlp, x = shaken(activation="geglu", bias=bias).mlp, 3 * rows()
+    assert mlp.fc1.weight.shape == (2 * HIDDEN, DIM) and mlp.fc2.weight.shape == (DIM, HIDDEN)
+
+    def affine(x, layer):
+        out = torch.einsum("bnd,ed->bne", x, layer.weight)
+        return out + layer.bias if bias else out
+
+    wide = affine(x, mlp.fc1)
+    gate, value = wide[..., :HIDDEN], wide[..., HIDDEN:]
+    right = affine(gate * (1 + torch.erf(gate / math.sqrt(2))) / 2 * value, mlp.fc2)
+    assert (mlp(x) - right).abs().max() < CLOSE
+    for other in (nn.GELU(approximate="tanh"), nn.SiLU(), nn.ReLU()):
+        mlp.act.act = other
+        assert (mlp(x) - right).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("kernel", ["reference", "tiled", "torch", "auto"])

@@ -211,3 +211,25 @@ def test_a_missing_bias_gradient_is_caught(monkeypatch):
     broken = exec_changed(cross_entropy, "_accumulate", "dbias += dlogits.sum(dim=0)", "pass")
     monkeypatch.setattr(cross_entropy, "_accumulate", broken)
     assert error(linear_cross_entropy) > 0.1
+
+
+def test_compiled_it_is_one_graph_for_any_number_of_rows():
+    """Traced, its loop over chunks would be unrolled, and compiled again for each number of targets."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    weight = torch.randn(33, 8, requires_grad=True)
+
+    def step(hidden, labels):
+        return linear_cross_entropy(hidden * 2, weight, None, labels, chunk=3)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend)
+    for t in (5, 7, 9, 11, 20, 31):
+        hidden, labels = torch.randn(t, 8), torch.randint(0, 33, (t,))
+        assert torch.equal(compiled(hidden, labels), step(hidden, labels))
+    assert len(graphs) <= 2 and sum(len(graph.graph.nodes) for graph in graphs) < 20
+    torch._dynamo.reset()

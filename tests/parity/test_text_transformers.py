@@ -1,4 +1,5 @@
-"""The same random weights in transformers' BERT, Megatron-BERT, GPT-2 and Llama and in ours: the same numbers.
+"""The same random weights in transformers' BERT, Megatron-BERT, ModernBERT, GPT-2, Llama and in ours: the same
+numbers.
 
 Weights go from theirs to ours here, by names written out once more: exports go the other way.
 """
@@ -25,11 +26,18 @@ LLAMA = {
     "causal": True, "norm": "rms", "norm_eps": 1e-6, "positions": "rope", "activation": "swiglu", "bias": False,
     "num_kv_heads": 2, "hidden_dim": 48, "rope_base": 500.0,
 }  # fmt: skip
+MODERN = {
+    "embed_norm": True, "positions": "rope", "activation": "geglu", "bias": False, "hidden_dim": 48,
+    "rope_base": 500.0,
+}  # fmt: skip
 OURS = {
     "bert": ({}, BERT),
     "bert pairs": ({"next_sentence": True}, BERT),
     "bert tanh": ({}, {**BERT, "activation": "gelu_tanh"}),
     "megatron": ({}, {"token_types": 2, "norm_eps": 1e-12}),
+    "modernbert": ({}, MODERN),
+    "modernbert biases": ({}, {**MODERN, "bias": True}),
+    "modernbert untied": ({"tied": False}, MODERN),
     "gpt2": ({}, {"causal": True, "activation": "gelu_tanh"}),
     "llama": ({"tied": False}, LLAMA),
     "llama tied": ({}, LLAMA),
@@ -63,6 +71,14 @@ def build_theirs(name):
             if "pairs" in rest
             else transformers.BertForMaskedLM(config)
         )
+    if kind == "modernbert":
+        biases = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
+        return transformers.ModernBertForMaskedLM(
+            transformers.ModernBertConfig(
+                **sizes, **dict.fromkeys(biases, "biases" in rest), intermediate_size=48, global_rope_theta=500.0,
+                global_attn_every_n_layers=1, tie_word_embeddings="untied" not in rest,
+            )
+        )  # fmt: skip
     if kind == "gpt2":
         sizes.pop("max_position_embeddings")
         none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -106,6 +122,13 @@ def ours_from(name: str, theirs: dict[str, Tensor], filler: float) -> dict[str, 
             take(block + "mlp.fc2", f"{layer}mlp.down_proj")
             take(block + "norm1", f"{layer}input_layernorm")
             take(block + "norm2", f"{layer}post_attention_layernorm")
+        elif kind == "modernbert":
+            names = {
+                "attn.qkv": "attn.Wqkv", "attn.proj": "attn.Wo", "mlp.fc1": "mlp.Wi", "mlp.fc2": "mlp.Wo",
+                "norm1": "attn_norm", "norm2": "mlp_norm",
+            }  # fmt: skip
+            for our, their in names.items():
+                take(block + our, f"model.layers.{i}.{their}")
         else:
             layer, post = f"bert.encoder.layer.{i}.", kind == "bert"
             take(block + "attn.qkv", *(f"{layer}attention.self.{part}" for part in ("query", "key", "value")))
@@ -117,19 +140,27 @@ def ours_from(name: str, theirs: dict[str, Tensor], filler: float) -> dict[str, 
     for our, their in {
         "gpt2": (("token_embed", "transformer.wte"), ("pos_embed", "transformer.wpe"), ("norm", "transformer.ln_f")),
         "llama": (("token_embed", "model.embed_tokens"), ("norm", "model.norm")),
+        "modernbert": (
+            ("token_embed", "model.embeddings.tok_embeddings"), ("embed_norm", "model.embeddings.norm"),
+            ("norm", "model.final_norm"),
+        ),
     }.get(kind, (
         ("token_embed", "bert.embeddings.word_embeddings"), ("pos_embed", "bert.embeddings.position_embeddings"),
         ("type_embed", "bert.embeddings.token_type_embeddings"), ("embed_norm", "bert.embeddings.LayerNorm"),
         ("norm", "bert.encoder.ln"),
     )):  # fmt: skip
         take(f"encoder.{our}", their)
+    for part in ("dense", "norm"):
+        take(f"head.{part}", f"head.{part}")
     take("head.dense", "cls.predictions.transform.dense")
     take("head.norm", "cls.predictions.transform.LayerNorm")
     take("next_sentence.dense", "bert.pooler.dense")
     take("next_sentence.score", "cls.seq_relationship")
     take("decoder", "lm_head")
-    if "cls.predictions.bias" in theirs:
-        found["head.bias"] = theirs["cls.predictions.bias"]
+    for their in {"cls.predictions.bias", "decoder.bias"} & theirs.keys():
+        found["head.bias"] = theirs[their]
+    if kind == "modernbert" and "decoder.weight" in theirs:
+        found["head.decoder.weight"] = theirs["decoder.weight"]
     embedding = found["encoder.token_embed.weight"]
     rest = embedding.new_full((128 - VOCAB, WIDTH), filler)
     found["encoder.token_embed.weight"] = torch.cat([embedding, rest])
@@ -161,9 +192,11 @@ def pair_of_models(name: str, dtype: torch.dtype):
     ours = build_ours(name).eval()
     ours.load_state_dict(ours_from(name, dict(theirs.named_parameters()), float("nan")))
     theirs, ours = theirs.to(dtype), ours.to(dtype)
-    if name.startswith("llama"):
+    if name.startswith(("llama", "modernbert")):
+        kinds = ["full_attention"] if name.startswith("modernbert") else []
         with in_width(dtype):
-            cos, sin = theirs.model.rotary_emb(torch.zeros(1, dtype=dtype), torch.arange(LENGTH)[None])
+            places = torch.arange(LENGTH)[None]
+            cos, sin = theirs.model.rotary_emb(torch.zeros(1, dtype=dtype), places, *kinds)
         angles = torch.cat([cos, sin])
         # Their frequencies are worked out in float32, ours in float64.
         assert (angles - ours.encoder.rotation).abs().max() <= LENGTH * 2.0**-22
@@ -171,10 +204,14 @@ def pair_of_models(name: str, dtype: torch.dtype):
     return ours, theirs
 
 
+def is_causal(name):
+    return OURS[name][1].get("causal", False)
+
+
 def batch_for(name: str, padded: bool) -> TextBatch:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCAB, (3, LENGTH), generator=generator)
-    causal = name.startswith(("gpt2", "llama"))
+    causal, typeless = is_causal(name), not OURS[name][1].get("token_types")
     documents = torch.zeros(3, LENGTH, dtype=torch.int64) if padded else None
     chosen = torch.rand(3, LENGTH, generator=generator) < 0.3
     labels = torch.randint(VOCAB, (3, LENGTH), generator=generator)
@@ -187,7 +224,7 @@ def batch_for(name: str, padded: bool) -> TextBatch:
     place = torch.arange(3)
     return TextBatch(
         tokens=tokens, labels=labels[chosen], where=chosen.flatten().nonzero().flatten(), document_ids=documents,
-        positions=None, token_types=None if causal else torch.randint(2, (3, LENGTH), generator=generator),
+        positions=None, token_types=None if typeless else torch.randint(2, (3, LENGTH), generator=generator),
         random_next=torch.tensor([1, 0, 1]) if "pairs" in name else None,
         global_batch=3, seed=0, epoch=place * 0, position=place, index=place,
     )  # fmt: skip
@@ -197,9 +234,9 @@ def call_theirs(name, theirs, batch):
     labels = torch.full_like(batch.tokens, -100)
     labels.view(-1)[batch.where] = batch.labels
     inputs = {"input_ids": batch.tokens, "labels": labels}
-    if batch.token_types is None:
+    if is_causal(name):
         inputs["labels"] = batch.tokens
-    else:
+    if batch.token_types is not None:
         inputs["token_type_ids"] = batch.token_types
     if batch.document_ids is not None:
         inputs["attention_mask"] = (batch.document_ids >= 0).long()
@@ -211,7 +248,7 @@ def call_theirs(name, theirs, batch):
 
 def call_ours(ours, batch):
     states = ours.encoder.encode(batch).flatten(0, 1)[batch.where]
-    logits = ours.logits(batch) if batch.token_types is not None else ours.logits(states)
+    logits = ours.logits(batch) if hasattr(ours, "head") else ours.logits(states)
     return logits, ours(batch, float(batch.targets)).loss
 
 
@@ -223,7 +260,7 @@ def largest_relative(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", OURS)
 def test_logits_loss_and_every_gradient(name, dtype, padded):
-    if padded and not OURS[name][1].get("token_types"):
+    if padded and is_causal(name):
         pytest.skip("causal rows have no padding before a token that counts")
     tolerance = TOLERANCE[dtype]
     ours, theirs = pair_of_models(name, dtype)

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from collections import Counter
 from itertools import islice, pairwise
 
@@ -200,6 +201,16 @@ def test_the_command_writes_json_that_show_passes_over(files, monkeypatch, capsy
     (written,) = (files["clm"] / "probe").glob("perplexity-*.json")
     monkeypatch.setattr("sys.argv", ["selfsup", "probe", "show", str(written)])
     assert cli.main() == 2 and "passed over" in capsys.readouterr().out
+
+
+def test_a_checkpoint_outside_a_run_folder_needs_out(files, tmp_path, monkeypatch, capsys):
+    away = shutil.copytree(next((files["clm"] / "checkpoints").iterdir()), tmp_path / "a" / "step-00000007")
+    shutil.copy(files["clm"] / "tokenizer.json", tmp_path)
+    arguments = [away, "--test", files["texts"], "--documents", 3]
+    assert run_cli(monkeypatch, *arguments) == 0
+    assert "no JSON written: the model has no run folder" in capsys.readouterr().out
+    assert run_cli(monkeypatch, *arguments, "--out", tmp_path / "found.json") == 0
+    assert json.loads((tmp_path / "found.json").read_text())["documents"] == 3
 
 
 @pytest.mark.parametrize(

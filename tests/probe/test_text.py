@@ -137,6 +137,7 @@ def test_the_commands_print_and_write_what_show_reads(files, monkeypatch, capsys
     few = ["--epochs", 1, "--seeds", 0, 1, "--limit", 32]
     assert run_cli(monkeypatch, "text-finetune", files["short"], *data, *few) == 0
     assert run_cli(monkeypatch, "text-finetune", files["short"], *data, *few, "--scratch") == 0
+    assert "32 training" in capsys.readouterr().out
     written = sorted((files["folder"] / "short" / "probe").glob("text*.json"))
     assert len(written) == 3
     results = [json.loads(path.read_text()) for path in written]
@@ -249,6 +250,7 @@ def test_a_schedule_of_epochs_is_counted_in_documents(files, monkeypatch):
             "--pool cls: the first token",
         ),
         ("text", "mlm", ["--train", "TRAIN", "--test", "TRAIN"], "holds the same samples as --train"),
+        ("text", "mlm", ["--train", "TOKENS", "--test", "TRAIN"], "holds the same samples as --train"),
         ("text", "mlm", ["--train", "BARE", "--test", "TEST"], "of 20 samples have no label"),
         (
             "text-finetune",
@@ -276,7 +278,7 @@ def test_what_makes_no_sense_is_one_line(files, monkeypatch, capsys, command, ru
     bare = files["folder"] / "bare"
     if "BARE" in arguments and not bare.exists():
         text_shards(bare, 20, label=False)
-    places = {"TRAIN": files["train"], "TEST": files["test"], "BARE": str(bare)}
+    places = {"TRAIN": files["train"], "TEST": files["test"], "TOKENS": files["tokens"], "BARE": str(bare)}
     assert run_cli(monkeypatch, command, files[run], *(places.get(a, a) for a in arguments)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -213,3 +213,6 @@ def test_runs_that_cannot_are_refused_in_one_line(tmp_path, monkeypatch, capsys)
     ):  # fmt: skip
         assert run_cli(monkeypatch, "generate", run) == 2
         assert message in capsys.readouterr().err
+    for arguments in (["--prompt", "film", "--until", "tokens"], ["--prompt", "film [SEP]"]):
+        assert run_cli(monkeypatch, "generate", single, *arguments) == 2
+        assert "was never asked how one begins" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from selfsup.data.tokenize import TOKENS_PER_SHARD, check_free, tokenize_shards,
 from selfsup.durable import write_atomically
 
 PYTHON_DOCS = "python-docs"
+SAMPLES_PER_SHARD = 5000
 
 
 def main_pack(
@@ -22,7 +23,7 @@ def main_pack(
     /,
     kind: Literal["auto", "images", "text"] = "auto",
     documents: Documents = "file",
-    samples_per_shard: int = 5000,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
     processes: int = os.cpu_count() or 1,
 ) -> None:
     """Packs images or text into WebDataset shards with an index.
@@ -41,6 +42,11 @@ def main_pack(
         processes: shards written at a time.
     """
     if source == PYTHON_DOCS:
+        if (kind, documents, samples_per_shard) != ("auto", "file", SAMPLES_PER_SHARD):
+            raise ValueError(
+                f"{PYTHON_DOCS}: --kind, --documents and --samples-per-shard mean nothing for it, leave them out; a "
+                f"folder of that name is ./{PYTHON_DOCS}"
+            )
         print(make_python_docs(dest or Path("data") / PYTHON_DOCS, processes))
         return
     if dest is None:

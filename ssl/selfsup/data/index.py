@@ -25,6 +25,8 @@ from selfsup.data.shard import Kind, Members, Shard, fork_or_spawn, read_shard
 from selfsup.durable import sha256, write_atomically
 
 INDEX_NAME = "index.safetensors"
+PLAN_NAME = "pack.json"
+"""What `selfsup data pack` writes first."""
 CLASSES_NAME = "classes.json"
 INDEX_VERSION = 1
 
@@ -211,7 +213,10 @@ def load_index(folder: str | Path) -> ShardIndex:
     folder = Path(folder)
     path = folder / INDEX_NAME
     if not path.is_file():
-        raise ValueError(f"{folder}: no {INDEX_NAME}; make it with: selfsup data index {folder}")
+        fix = f"make it with: selfsup data index {folder}"
+        if (folder / PLAN_NAME).is_file():
+            fix = "packing it was interrupted: call selfsup data pack again, as before"
+        raise ValueError(f"{folder}: no {INDEX_NAME}; {fix}")
     try:
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {})["selfsup"])

@@ -26,6 +26,7 @@ from selfsup.data.decode import decode_image
 from selfsup.data.index import (
     CLASSES_NAME,
     INDEX_NAME,
+    PLAN_NAME,
     ShardIndex,
     build_index,
     open_shards,
@@ -35,7 +36,6 @@ from selfsup.data.order import sample_order
 from selfsup.data.shard import IMAGE_EXTENSIONS, META_MEMBER, TEXT_EXTENSIONS, fork_or_spawn
 from selfsup.durable import fsync_path, write_atomically
 
-PLAN_NAME = "pack.json"
 PACK_VERSION = 1
 
 

@@ -185,7 +185,8 @@ class Rows:
         inner = borders[first : last + 1] - start
         sep, cls = inner[1:] - 1, inner[:-1]
         ids, text = np.empty(self.width, dtype=np.int64), np.ones(self.width, dtype=bool)
-        for places, special in [(sep, self.tokenizer.sep), (cls[: len(cls) * before], self.tokenizer.cls)]:
+        around = [(sep, self.tokenizer.sep), (cls, self.tokenizer.cls)]
+        for places, special in around[: 1 + before]:  # a tokenizer for gpt rows may have no [CLS]
             inside = places[(places >= 0) & (places < self.width)]
             ids[inside], text[inside] = special, False
         # Of the first document, the tokens up to `start` (its [CLS] is none of them) are not in the row.

@@ -148,6 +148,8 @@ def pack_text(
 def plan_text(source: Path, documents: Documents) -> Plan:
     """What `pack_text` packs: the first pass. Raises ValueError as `pack_text`."""
     files, classes, labels, notes = _sources(source)
+    if documents != "file" and _extension(files[0]) == JSON_LINES:
+        raise ValueError(f"documents: {source} holds JSONL, a document a line; leave it out")
     root = source if source.is_dir() else source.parent
     found, taken = _Found(), set()
     stamps: list[list] = [["text", _PLAN_VERSION, documents]]

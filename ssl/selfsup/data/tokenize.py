@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from glob import escape
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +125,9 @@ def write_tokens(
     if tokens_per_shard < 1:
         raise ValueError(f"tokens per shard: expected a value >= 1, got {tokens_per_shard}")
     part = dest.absolute().with_name(f".{dest.absolute().name}.tmp-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    for old in part.parent.glob(f"{escape(part.name.rpartition('-')[0])}-*"):
+        if not _runs(old.name.rpartition("-")[2]):
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
     part.mkdir(parents=True)
     try:
         index = _write_shards(documents, part, tokenizer, classes, source, tokens_per_shard)
@@ -136,6 +139,17 @@ def write_tokens(
         shutil.rmtree(part, ignore_errors=True)  # there only after a failure
     fsync_path(dest.absolute().parent)
     return open_tokens(str(dest))
+
+
+def _runs(process: str) -> bool:
+    """Whether there is a process of that number, other than this one."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return int(process) != os.getpid()
 
 
 def _write_shards(

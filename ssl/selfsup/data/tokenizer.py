@@ -179,6 +179,27 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     return TextTokenizer(text, str(path))
 
 
+def kept_tokenizer(run_dir: Path, expected: str | None) -> TextTokenizer:
+    """The tokenizer that a text run keeps in its folder.
+
+    expected: `tokenizer_sha256` of the checkpoint's state.json. Raises ValueError where it is missing, and where
+    it is another than the run was trained with.
+    """
+    path = run_dir / TOKENIZER_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: missing; a text run keeps its tokenizer in the run folder, beside checkpoints/: put back the "
+            f"one that lies with its token shards"
+        )
+    tokenizer = load_tokenizer(path)
+    if tokenizer.sha256 != expected:
+        raise ValueError(
+            f"{path}: not the tokenizer of this run: expected SHA-256 {str(expected)[:12]}..., got "
+            f"{tokenizer.sha256[:12]}...; put back the one that lies with its token shards"
+        )
+    return tokenizer
+
+
 def train_tokenizer(texts: Iterable[str], kind: Kind, vocab_size: int, cased: bool = False) -> TextTokenizer:
     """Learns a vocabulary of at most `vocab_size` tokens, the five specials among them.
 

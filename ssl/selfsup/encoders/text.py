@@ -1,7 +1,8 @@
 """The transformer over tokens: BERT's form and the modern one, causal or not, of the blocks that images use.
 
 BERT (Devlin et al. 2019): post_norm, embed_norm, learned positions, token_types 2. GPT-2: pre-norm, learned
-positions, causal. Llama: norm rms, positions rope, activation swiglu, num_kv_heads, no bias, causal.
+positions, causal. Llama: norm rms, positions rope, activation swiglu, num_kv_heads, no bias, causal. ModernBERT
+(Warner et al. 2024) with every layer global: pre-norm, embed_norm, positions rope, activation geglu, no bias.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -16,7 +17,7 @@ from selfsup.attention.dispatch import AttentionName
 from selfsup.batch import TextBatch
 from selfsup.config import Section
 from selfsup.layers.attention import LayerCache, Scope
-from selfsup.layers.block import ActivationName, Block, BlockOptions, NormName, norm_module
+from selfsup.layers.block import GATED, ActivationName, Block, BlockOptions, NormName, norm_module
 from selfsup.layers.rope import Rotation, alibi_slopes, rotation_1d
 
 VOCAB_MULTIPLE = 64
@@ -44,13 +45,15 @@ class TextConfig(Section):
     num_kv_heads: Annotated[int, Field(ge=1)] | None = None
     """Heads of keys and values, each for a group of heads (grouped-query attention); none: num_heads."""
     hidden_dim: Annotated[int, Field(ge=1)] | None = None
-    """Hidden width of the MLP; none: 4 * embed_dim, with swiglu 2/3 of that rounded up to a multiple of 64."""
+    """Hidden width of the MLP; none: 4 * embed_dim, with swiglu and geglu 2/3 of that rounded up to a multiple of
+    64."""
     causal: bool = False
     """A token sees only itself and those before it."""
     post_norm: bool = False
     """Norms behind the residual sums (BERT), not before the branches."""
     embed_norm: bool = False
-    """A norm over the embeddings (BERT)."""
+    """A norm over the embeddings (BERT, ModernBERT). Without post_norm the first block then has no norm before its
+    attention, as in ModernBERT: what it reads is normed already."""
     norm: NormName = "layer"
     """LayerNorm, or RMSNorm."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
@@ -62,7 +65,7 @@ class TextConfig(Section):
     token_types: Annotated[int, Field(ge=0)] = 0
     """Learned vectors that tell segments apart: 2 in BERT, 0 for none."""
     activation: ActivationName = "gelu"
-    """Of the MLP: gelu (erf), gelu_tanh (BERT's and GPT-2's own code), quick_gelu, swiglu."""
+    """Of the MLP: gelu (erf), gelu_tanh (BERT's and GPT-2's own code), quick_gelu; gated: swiglu, geglu (erf)."""
     bias: bool = True
     """Biases in linear layers and norms."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -105,7 +108,7 @@ class TextConfig(Section):
         if self.hidden_dim is not None:
             return self.hidden_dim
         wide = 4 * self.embed_dim
-        return wide if self.activation != "swiglu" else -(-2 * wide // (3 * 64)) * 64
+        return wide if self.activation not in GATED else -(-2 * wide // (3 * 64)) * 64
 
     @property
     def padded_vocab(self) -> int:
@@ -116,7 +119,7 @@ class TextConfig(Section):
         """FLOPs of one full row, forward, the head not counted; causal attention counts in full."""
         n, dim, kv = self.max_length, self.embed_dim, self.embed_dim // self.num_heads * self.kv_heads
         projections = flops.linear(n, dim, dim + 2 * kv) + flops.linear(n, dim, dim)
-        mlp = flops.linear(n, dim, self.mlp_dim) * (3 if self.activation == "swiglu" else 2)
+        mlp = flops.linear(n, dim, self.mlp_dim) * (3 if self.activation in GATED else 2)
         return self.depth * (projections + mlp + flops.attention(n, dim))
 
     def build(self) -> "TextEncoder":
@@ -153,6 +156,8 @@ class TextEncoder(nn.Module):
             attention=config.attention,
         )
         self.blocks = nn.ModuleList(Block(options) for _ in range(config.depth))
+        if config.embed_norm and not config.post_norm:
+            self.blocks[0].norm1 = nn.Identity()
         self.norm = nn.Identity() if config.post_norm else norm_module(*norm)
         if config.positions == "rope":
             rotation = rotation_1d(dim // config.num_heads, config.max_length, config.rope_base)

@@ -1,4 +1,5 @@
-"""Export of text models to transformers: BERT, Megatron-BERT (BERT with the norms in front), GPT-2, Llama.
+"""Export of text models to transformers: BERT, Megatron-BERT (BERT with the norms in front), ModernBERT, GPT-2,
+Llama.
 
 The encoder's form decides which (text_forms.py). The tensors get the names of transformers 4, which version 5
 reads too. A tied head is stored once and tied again on loading.
@@ -43,6 +44,10 @@ BERT_LAYER = {
 }
 
 
+MAY_LACK_BIASES: tuple[Family, ...] = ("modernbert", "llama")
+"""Families whose config says whether there are biases; the others always have them."""
+
+
 class Names(NamedTuple):
     """A family's names for our tensors, as `rename` takes them."""
 
@@ -61,6 +66,26 @@ NAMES: dict[Family, Names] = {
         {**BERT_HEADS, "norm": "bert.encoder.ln"},
         "bert.encoder.layer.",
         {**BERT_LAYER, "norm1": "attention.ln", "norm2": "ln"},
+    ),
+    "modernbert": Names(
+        {
+            "token_embed": "model.embeddings.tok_embeddings",
+            "embed_norm": "model.embeddings.norm",
+            "norm": "model.final_norm",
+            "head.dense": "head.dense",
+            "head.norm": "head.norm",
+            "head.bias": "decoder.bias",
+            "head.decoder": "decoder",
+        },
+        "model.layers.",
+        {
+            "norm1": "attn_norm",
+            "attn.qkv": "attn.Wqkv",
+            "attn.proj": "attn.Wo",
+            "norm2": "mlp_norm",
+            "mlp.fc1": "mlp.Wi",
+            "mlp.fc2": "mlp.Wo",
+        },
     ),
     "gpt2": Names(
         {
@@ -130,16 +155,16 @@ def text_weights(model: MLM | CLM) -> dict[str, Tensor]:
     encoder, family = model.encoder.config, family_of(model.encoder.config)
     ours = {name.removeprefix("encoder."): tensor for name, tensor in float_weights(model).items()}
     ours["token_embed.weight"] = ours["token_embed.weight"][: encoder.vocab_size].clone()
-    if family != "llama":
+    if family not in MAY_LACK_BIASES:
         ours |= zero_biases(model)
-    if isinstance(model, MLM):
+    if isinstance(model, MLM) and family != "modernbert":
         ours.setdefault("type_embed.weight", torch.zeros(1, encoder.embed_dim))
         if model.head.decoder is not None:
             ours["head.decoder.bias"] = ours["head.bias"].clone()  # version 4 has one, under two names
     if family == "gpt2":  # its linear layers hold their weights transposed
         linear = tuple(f"{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
         ours = {k: v.T.contiguous() if k.endswith(linear) else v for k, v in ours.items()}
-    else:
+    elif family != "modernbert":  # its layers are fused as ours
         ours = split_qkv(ours, (encoder.num_heads, encoder.kv_heads, encoder.kv_heads))
     if family == "llama":
         ours = split_gate(ours)
@@ -150,6 +175,8 @@ def zero_biases(model: MLM | CLM) -> dict[str, Tensor]:
     """The same function where transformers always has biases: zeros where linear layers and norms have none."""
     layers = dict(model.encoder.blocks.named_modules(prefix="blocks"))
     layers |= {name: getattr(model.encoder, name) for name in ("embed_norm", "norm")}
+    if isinstance(model, MLM):
+        layers |= {f"head.{name}": getattr(model.head, name) for name in ("dense", "norm")}
     return {
         f"{name}.bias": torch.zeros(len(layer.weight))
         for name, layer in layers.items()
@@ -174,8 +201,10 @@ def verify(folder: Path, model: MLM | CLM) -> tuple[Check, ...]:
     whole length, logits and loss of short rows, scores of the next sentence. Raises ValueError where weights are
     missing or unexpected, or outputs differ (see `compare`)."""
     given, kind = example(model), class_name(model)
-    # Megatron-BERT has its own attention only; it computes in the type that it is given.
-    options = {"attn_implementation": "eager"} if kind.startswith("Megatron") else {}
+    # Megatron-BERT has its own attention only; it computes in the type that it is given. Version 4's ModernBERT
+    # takes flash-attn where that is installed, which has no float32.
+    attention = {"megatron-bert": "eager", "modernbert": "sdpa"}.get(family_of(model.encoder.config))
+    options = {} if attention is None else {"attn_implementation": attention}
     reloaded = reload_in_transformers(folder, kind, options, lambda module, _: their_outputs(module, given))
     angles = ()
     if model.encoder.config.positions == "rope":
@@ -191,9 +220,10 @@ def verify(folder: Path, model: MLM | CLM) -> tuple[Check, ...]:
 def remarks(model: MLM | CLM) -> tuple[str, ...]:
     """What transformers' model has beyond the trained one, a sentence each."""
     encoder, kind, found = model.encoder.config, class_name(model), []
-    if isinstance(model, MLM) and encoder.token_types == 0:
+    family = family_of(encoder)
+    if isinstance(model, MLM) and encoder.token_types == 0 and family != "modernbert":
         found.append(f"Trained without token types; {kind} always adds a vector for them: one, of zeros.")
-    if not encoder.bias and family_of(encoder) != "llama":
+    if not encoder.bias and family not in MAY_LACK_BIASES:
         found.append(f"Trained without biases; {kind} always has them: zeros.")
     if isinstance(model, CLM) and model.config.z_loss:
         found.append(

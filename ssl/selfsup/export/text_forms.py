@@ -1,16 +1,17 @@
 """Which model of transformers a text encoder's form is, and its config.json.
 
-None of the four has an option for what another does, so that an encoder fits one of them or none.
+None of the five has an option for what another does, so that an encoder fits one of them or none.
 """
 
 from typing import Any, Literal
 
 from selfsup.data.tokenizer import TextTokenizer
 from selfsup.encoders.text import TextConfig
+from selfsup.layers.block import GATED
 from selfsup.objectives.clm import CLM
 from selfsup.objectives.mlm import MLM
 
-Family = Literal["bert", "megatron-bert", "gpt2", "llama"]
+Family = Literal["bert", "megatron-bert", "modernbert", "gpt2", "llama"]
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "quick_gelu": "quick_gelu"}
 """transformers' names for ours."""
@@ -20,6 +21,14 @@ _BERT_ONLY = {**_PLAIN, "activation": ("gelu", "gelu_tanh")}
 FITS: dict[Family, dict[str, tuple[Any, ...]]] = {
     "bert": {"embed_norm": (True,), **_BERT_ONLY},
     "megatron-bert": {"embed_norm": (False,), **_BERT_ONLY},
+    "modernbert": {
+        "post_norm": (False,),
+        "embed_norm": (True,),
+        "token_types": (0,),
+        "positions": ("rope",),
+        "norm": ("layer",),
+        "activation": ("geglu",),
+    },
     "gpt2": {
         "post_norm": (False,),
         "embed_norm": (False,),
@@ -41,18 +50,22 @@ FITS: dict[Family, dict[str, tuple[Any, ...]]] = {
 
 def family_of(encoder: TextConfig) -> Family:
     """The family that an encoder belongs to, or is nearest to."""
-    if not encoder.causal:
-        return "bert" if encoder.post_norm else "megatron-bert"
-    modern = encoder.norm == "rms" or encoder.positions == "rope" or encoder.activation == "swiglu"
-    return "llama" if modern else "gpt2"
+    modern = encoder.positions == "rope" or encoder.activation in GATED
+    if encoder.causal:
+        return "llama" if modern or encoder.norm == "rms" else "gpt2"
+    if encoder.post_norm:
+        return "bert"
+    return "modernbert" if modern else "megatron-bert"
 
 
 def class_name(model: MLM | CLM) -> str:
     """The class of transformers that a model is exported to."""
     if isinstance(model, CLM):
         return {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family_of(model.encoder.config)]
-    kind = {"bert": "Bert", "megatron-bert": "MegatronBert"}[family_of(model.encoder.config)]
-    return f"{kind}For{'MaskedLM' if model.next_sentence is None else 'PreTraining'}"
+    family = family_of(model.encoder.config)
+    kind = {"bert": "Bert", "megatron-bert": "MegatronBert", "modernbert": "ModernBert"}[family]
+    pairs = model.next_sentence is not None and family != "modernbert"  # which has no token types either
+    return f"{kind}For{'PreTraining' if pairs else 'MaskedLM'}"
 
 
 def refuse_unlike(model: MLM | CLM) -> None:
@@ -97,6 +110,24 @@ def text_config(model: MLM | CLM, tokenizer: TextTokenizer) -> dict[str, Any]:
         "intermediate_size": encoder.mlp_dim,
         "max_position_embeddings": encoder.max_length,
     }
+    if family == "modernbert":
+        return {
+            **common,
+            **sizes,
+            "hidden_activation": "gelu",
+            "classifier_activation": "gelu",
+            "norm_eps": encoder.norm_eps,
+            "global_attn_every_n_layers": 1,
+            **dict.fromkeys(("global_rope_theta", "local_rope_theta"), encoder.rope_base),
+            # classifier_bias is the head's dense layer's.
+            **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), encoder.bias),
+            "decoder_bias": True,
+            **dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), encoder.dropout),
+            "sparse_prediction": False,
+            "reference_compile": False,
+            **dict.fromkeys(("cls_token_id", "bos_token_id"), tokenizer.cls),
+            **dict.fromkeys(("sep_token_id", "eos_token_id"), tokenizer.sep),
+        }
     if family == "llama":
         return {
             **common,

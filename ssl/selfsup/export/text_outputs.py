@@ -129,17 +129,25 @@ def their_outputs(module: Any, given: Example) -> Outputs:
         return states, logits[real_places(short)], output.loss, *scores
 
 
+def rotary_modules(module: nn.Module) -> list[nn.Module]:
+    """What works out the angles: one for all layers, or one a layer, as in version 4's ModernBERT."""
+    return [part for name, part in module.named_modules() if name.endswith("rotary_emb")]
+
+
 def check_angles(folder: Path, reloaded: Reloaded, model: MLM | CLM) -> Check:
     """Rotary positions: transformers works its angles out in float32, we in float64, so that they part by what
     float32 rounds of the largest position. Raises ValueError where it is more."""
-    ours = model.encoder.rotation
+    ours = model.encoder.rotation  # (2, n, c)
     places = torch.arange(ours.shape[1])[None]
     with torch.inference_mode():
-        cos, sin = reloaded.module.model.rotary_emb(ours, places)
+        theirs = tuple(
+            torch.cat(part(ours, places, *layer_type))
+            for part in rotary_modules(reloaded.module)
+            # Version 5's ModernBERT has angles for each type of layer that there is.
+            for layer_type in ([(name,) for name in getattr(part, "layer_types", ())] or [()])
+        )
     rounding = model.encoder.config.max_length * 2.0**-22
-    return check_outputs(
-        folder, f"{reloaded.library} rotary angles", (ours[0], ours[1]), (cos[0], sin[0]), rounding
-    )
+    return check_outputs(folder, f"{reloaded.library} rotary angles", (ours,) * len(theirs), theirs, rounding)
 
 
 def with_our_angles(reloaded: Reloaded, model: MLM | CLM) -> Reloaded:
@@ -149,5 +157,6 @@ def with_our_angles(reloaded: Reloaded, model: MLM | CLM) -> Reloaded:
         cos, sin = model.encoder.rotation[:, : output[0].shape[-2]].to(output[0].dtype)
         return cos.expand_as(output[0]), sin.expand_as(output[1])
 
-    reloaded.module.model.rotary_emb.register_forward_hook(ours)
+    for part in rotary_modules(reloaded.module):
+        part.register_forward_hook(ours)
     return reloaded

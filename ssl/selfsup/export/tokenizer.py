@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selfsup.data.packing import Wrap
-from selfsup.data.tokenizer import TOKENIZER_NAME, TextTokenizer, load_tokenizer
+from selfsup.data.tokenizer import TOKENIZER_NAME, TextTokenizer, kept_tokenizer
 from selfsup.export.verify import Check, check_outputs, quiet_transformers, reload_in
 from selfsup.export.write import write_json
 
@@ -32,19 +32,10 @@ def run_tokenizer(checkpoint: Path, state: dict[str, Any]) -> TextTokenizer:
     state: the content of the checkpoint's state.json. Raises ValueError where it is missing, and where it is
     another than the run was trained with.
     """
-    path = checkpoint.absolute().parent.parent / TOKENIZER_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: missing; a text run keeps its tokenizer in the run folder, beside checkpoints/: put back "
-            f"the one that lies with its token shards; NOT exported"
-        )
-    tokenizer, expected = load_tokenizer(path), state.get("tokenizer_sha256")
-    if tokenizer.sha256 != expected:
-        raise ValueError(
-            f"{path}: not the tokenizer of this run: expected SHA-256 {str(expected)[:12]}..., got "
-            f"{tokenizer.sha256[:12]}...; put back the one that lies with its token shards; NOT exported"
-        )
-    return tokenizer
+    try:
+        return kept_tokenizer(checkpoint.absolute().parent.parent, state.get("tokenizer_sha256"))
+    except ValueError as error:
+        raise ValueError(f"{error}; NOT exported") from None
 
 
 def write_tokenizer(

@@ -13,7 +13,9 @@ from selfsup.layers.rope import Rotation
 
 LAYER_NORM_EPS = 1e-6  # timm's and MAE's; Hugging Face's ViT must be told so
 
-ActivationName = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+ActivationName = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu", "geglu"]
+GATED: frozenset[ActivationName] = frozenset({"swiglu", "geglu"})
+"""Activations that take twice the channels that they give."""
 NormName = Literal["layer", "rms"]
 
 
@@ -24,16 +26,20 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class SwiGLU(nn.Module):
-    """silu(gate) * value of the two halves of the channels, gate first (Shazeer 2020)."""
+class GatedUnit(nn.Module):
+    """act(gate) * value of the two halves of the channels, gate first (Shazeer 2020)."""
+
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.act = act
 
     def forward(self, x: Float[Tensor, "*b d2"]) -> Float[Tensor, "*b d"]:
         gate, value = x.chunk(2, dim=-1)
-        return nn.functional.silu(gate) * value
+        return self.act(gate) * value
 
 
 def activation_module(name: ActivationName) -> nn.Module:
-    """gelu: the exact (erf) one; gelu_tanh: its approximation, BERT's and GPT-2's own."""
+    """gelu: the exact (erf) one; gelu_tanh: BERT's and GPT-2's own approximation; geglu: gates by the exact."""
     match name:
         case "gelu":
             return nn.GELU()
@@ -42,7 +48,9 @@ def activation_module(name: ActivationName) -> nn.Module:
         case "quick_gelu":
             return QuickGELU()
         case "swiglu":
-            return SwiGLU()
+            return GatedUnit(nn.SiLU())
+        case "geglu":
+            return GatedUnit(nn.GELU())
 
 
 def norm_module(name: NormName, dim: int, eps: float, bias: bool) -> nn.Module:
@@ -51,11 +59,11 @@ def norm_module(name: NormName, dim: int, eps: float, bias: bool) -> nn.Module:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation between them; swiglu takes twice the channels of the first."""
+    """Two linear layers with an activation between them; a gated one takes twice the channels of the first."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: ActivationName, bias: bool):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden_dim if activation == "swiglu" else hidden_dim, bias=bias)
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim if activation in GATED else hidden_dim, bias=bias)
         self.act = activation_module(activation)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 

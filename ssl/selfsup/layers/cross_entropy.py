@@ -11,6 +11,7 @@ LOGITS_AT_A_TIME = 1 << 22
 """Logits held at once where no number of rows is asked for: 16 MiB in float32, about what caches hold."""
 
 
+@torch.compiler.disable  # traced, the loop is unrolled, and compiled again for every number of rows
 def linear_cross_entropy(
     hidden: Float[Tensor, "t d"],
     weight: Float[Tensor, "v d"],

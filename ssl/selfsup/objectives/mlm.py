@@ -86,20 +86,23 @@ class MLMConfig(Section):
 
 
 class MLMHead(nn.Module):
-    """dense, GELU, norm; then one score a token of the vocabulary (google-research/bert, get_masked_lm_output)."""
+    """dense, GELU, norm; then one score a token of the vocabulary (google-research/bert, get_masked_lm_output).
+
+    dense and norm have biases where the encoder's layers have; the scores always."""
 
     def __init__(self, config: MLMConfig, encoder: TextConfig):
         super().__init__()
         dim = encoder.embed_dim
-        self.dense = nn.Linear(dim, dim)
+        self.dense = nn.Linear(dim, dim, bias=encoder.bias)
         self.act = nn.GELU(approximate="tanh" if encoder.activation == "gelu_tanh" else "none")
-        self.norm = norm_module(encoder.norm, dim, encoder.norm_eps, bias=True)
+        self.norm = norm_module(encoder.norm, dim, encoder.norm_eps, encoder.bias)
         self.decoder = None if config.tied else nn.Linear(dim, encoder.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(encoder.vocab_size))
         for layer in (self.dense, self.decoder):
             if layer is not None:
                 init_normal(layer.weight, encoder.init_std, truncated=encoder.init == "bert")
-        nn.init.zeros_(self.dense.bias)
+        if self.dense.bias is not None:
+            nn.init.zeros_(self.dense.bias)
 
     def forward(self, states: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """What is multiplied by the vocabulary's weights."""

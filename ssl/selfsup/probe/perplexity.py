@@ -122,7 +122,8 @@ def perplexity(
     wanted = PSEUDO_DOCUMENTS if documents is None and masked else documents
     numbers = np.arange(len(source)) if wanted is None else np.sort(fixed_rows(len(source), wanted))
     tokens = read_tokens(source, numbers)
-    bytes_ = int(byte_lengths(source)[numbers].sum())
+    read = np.array([len(ids) > 0 for ids in tokens])
+    bytes_ = int(byte_lengths(source)[numbers[read]].sum())  # of what is scored
     about: dict[str, Any] = {
         "documents": len(numbers), "empty": sum(not len(ids) for ids in tokens),
         "unknown": int(sum((ids == run.tokenizer.unk).sum() for ids in tokens)),
@@ -207,7 +208,9 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 def _write(result: dict[str, Any], run: TextRun, out: Path | None) -> None:
     folder = run_folder(run)
-    assert folder is not None, "a run's tokenizer lies in its folder"
+    if out is None and folder is None:
+        print("no JSON written: the model has no run folder; name a file with --out")
+        return
     how = [result["data"]["fingerprint"], result["computed_in"], result["documents"], result.get("stride")]
     stem = f"{PERPLEXITY}{run.checkpoint.name}-{short_hash(how)}{weights_suffix(run.weights)}"
     path = out or folder / "probe" / f"{stem}.json"

@@ -231,7 +231,8 @@ def _table(results: Sequence[ProbeResult]) -> Table:
     """A row for each result, kind of feature and number of images a class; a column for each probe."""
     data, mode = results[0].data, results[0].mode
     unit = data["test"].get("unit", "images")
-    counts = f"{data['train']['samples']} training, {data['test']['samples']} test {unit}"
+    used = data["train"].get("limited_to", data["train"]["samples"])
+    counts = f"{used} training, {data['test']['samples']} test {unit}"
     table = Table(title=f"accuracy, %, mode {mode}", caption=f"{counts}, {data['train']['classes']} classes")
     table.add_column("features")
     names = [name for r in results for scores in r.scores.values() for name in scores]

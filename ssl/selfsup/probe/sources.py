@@ -220,7 +220,7 @@ def check_labels(train: ShardIndex | TokenIndex, test: ShardIndex | TokenIndex) 
                 f"{option} {index.folder}: {len(missing)} of {len(index)} samples have no label, first "
                 f"{first}; a probe needs them all: pack the samples in one folder per class"
             )
-    if train.fingerprint == test.fingerprint:
+    if _texts(train) == _texts(test):
         raise ValueError(f"--test {test.folder}: holds the same samples as --train; give other shards")
     if train.classes and test.classes and train.classes != test.classes:
         unlike = sorted(set(train.classes) ^ set(test.classes)) or list(test.classes)
@@ -232,6 +232,11 @@ def check_labels(train: ShardIndex | TokenIndex, test: ShardIndex | TokenIndex) 
     if len(labels) < 2:
         raise ValueError(f"--train {train.folder}: expected two classes or more, got {len(labels)}")
     return int(max(train.label.max(), test.label.max())) + 1
+
+
+def _texts(index: ShardIndex | TokenIndex) -> str:
+    """What tells the samples; tokens are told by the text they were made from."""
+    return index.fingerprint if isinstance(index, ShardIndex) else index.source or index.fingerprint
 
 
 def describe_source(encoder: Probed) -> dict[str, Any]:

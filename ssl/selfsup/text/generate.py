@@ -27,7 +27,7 @@ def main_generate(
     top_k: int | None = None,
     top_p: float | None = None,
     samples: int = 1,
-    until: Literal["tokens", "document"] = "tokens",
+    until: Literal["tokens", "document"] | None = None,
     seed: int = 0,
     weights: Literal["trained", "ema"] = "trained",
 ) -> None:
@@ -45,7 +45,8 @@ def main_generate(
         top_k: draw among the k likeliest tokens.
         top_p: draw among the likeliest tokens that together have this probability.
         samples: texts written.
-        until: tokens: all of them, whatever documents they begin; document: stop where the model ends it.
+        until: tokens: all of them, whatever documents they begin; document: stop where the model ends it. None:
+            document for a run that has read documents one by one (it cannot begin another), else tokens.
         seed: of the draws.
         weights: those of the last step, or their average over steps (optim.ema).
     """
@@ -61,6 +62,8 @@ def main_generate(
             raise ValueError(f"{option}: expected {expected}, got {got}")
     loaded = load_text_run(run, weights)
     print_notes(loaded)
+    if until == "tokens" and loaded.separate:
+        raise ValueError(f"--until tokens: {_one_by_one(loaded)}; expected document")
     start = prompt_ids(loaded, prompt)
     loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert isinstance(loaded.objective, CLM)  # see prompt_ids
@@ -72,7 +75,7 @@ def main_generate(
     for number, ids in enumerate(written.tolist()):
         if samples > 1:
             print(f"--- {number + 1}")
-        print(as_text(loaded, prompt, ids, until))
+        print(as_text(loaded, prompt, ids, until or ("document" if loaded.separate else "tokens")))
 
 
 def prompt_ids(run: TextRun, prompt: str) -> Int64[np.ndarray, " n"]:
@@ -88,15 +91,21 @@ def prompt_ids(run: TextRun, prompt: str) -> Int64[np.ndarray, " n"]:
         )
     if prompt:
         ids = run.tokenizer.encode_prompt(prompt).astype(np.int64)
+        if run.separate and len(ids) and ids[-1] == run.tokenizer.sep:
+            raise ValueError(f"--prompt: {_one_by_one(run)}; give some text after the end of the other")
         if len(ids):
             return ids
         raise ValueError(f"--prompt {prompt!r}: the run's tokenizer makes no token of it; give another")
     if run.separate:
-        raise ValueError(
-            f"--prompt: {run.name} has read documents one by one (data.packing pad or data.document_mask), and was "
-            f"never asked how one begins; give some text to go on from"
-        )
+        raise ValueError(f"--prompt: {_one_by_one(run)}; give some text to go on from")
     return np.array([run.tokenizer.sep], dtype=np.int64)
+
+
+def _one_by_one(run: TextRun) -> str:
+    return (
+        f"{run.name} has read documents one by one (data.packing pad or data.document_mask), and was never asked how "
+        f"one begins"
+    )
 
 
 def as_text(run: TextRun, prompt: str, ids: list[int], until: Literal["tokens", "document"]) -> str:

@@ -16,7 +16,7 @@ from selfsup.data.documents import open_texts
 from selfsup.data.index import ShardIndex, local_folder
 from selfsup.data.rows import TextData
 from selfsup.data.source import Source, Texts
-from selfsup.data.tokenizer import TOKENIZER_NAME, TextTokenizer, load_tokenizer
+from selfsup.data.tokenizer import TextTokenizer, kept_tokenizer
 from selfsup.data.tokens import TokenIndex, is_token_folder, open_tokens
 from selfsup.encoders.text import TextEncoder
 from selfsup.objectives.clm import CLM
@@ -85,7 +85,8 @@ def load_text_run(source: str, weights: Weights = "trained") -> TextRun:
         )
     objective, recipe, checkpoint, notes = load_objective(Path(source), weights)
     assert isinstance(objective, (MLM, CLM))
-    tokenizer = _run_tokenizer(checkpoint)
+    state = json.loads((checkpoint / "state.json").read_text())
+    tokenizer = kept_tokenizer(checkpoint.absolute().parent.parent, state.get("tokenizer_sha256"))
     if tokenizer.vocab_size != objective.encoder.config.vocab_size:
         raise ValueError(
             f"{source}: encoder.vocab_size {objective.encoder.config.vocab_size} is not its tokenizer's "
@@ -94,24 +95,6 @@ def load_text_run(source: str, weights: Weights = "trained") -> TextRun:
     return TextRun(
         source, objective.requires_grad_(False), recipe, checkpoint, tokenizer, tuple(notes), weights
     )
-
-
-def _run_tokenizer(checkpoint: Path) -> TextTokenizer:
-    folder = checkpoint.absolute().parent.parent
-    path = folder / TOKENIZER_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: missing; a text run keeps its tokenizer in the run folder, beside checkpoints/: put back the "
-            f"one that lies with its token shards"
-        )
-    tokenizer = load_tokenizer(path)
-    expected = json.loads((checkpoint / "state.json").read_text()).get("tokenizer_sha256")
-    if tokenizer.sha256 != expected:
-        raise ValueError(
-            f"{path}: not the tokenizer of this run: expected SHA-256 {str(expected)[:12]}..., got "
-            f"{tokenizer.sha256[:12]}...; put back the one that lies with its token shards"
-        )
-    return tokenizer
 
 
 def open_documents(run: TextRun, shards: str, option: str) -> Source:
