@@ -77,7 +77,7 @@ def main(
         train: JSON lines of the training reviews, compressed or not.
         test: JSON lines of the test reviews.
         dest: gets the folders train, test and train-tokens, and tokenizer.json.
-        vocab_size: tokens of the vocabulary.
+        vocab_size: tokens of the vocabulary, at most: a small text has fewer.
     """
     try:
         convert(train, test, dest, vocab_size)

@@ -4,7 +4,6 @@ import bz2
 import gzip
 import lzma
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from selfsup.data.index import ShardIndex
@@ -47,19 +46,27 @@ def pack_texts(documents: list[tuple[str, int, str]], classes: list[str], dest: 
     return report.index
 
 
-def keep_tokenizer(texts: Iterable[str], path: Path, kind: Kind, vocab_size: int) -> None:
-    """Learns a tokenizer, or finds one there, which is not learnt again.
+def keep_tokenizer(texts: list[str], path: Path, kind: Kind, vocab_size: int) -> None:
+    """Learns a tokenizer of at most `vocab_size` tokens, or finds one there, which is kept.
 
-    Raises ValueError where the one that is there is of another kind or size.
+    Raises ValueError where the one that is there is of another kind or size. One with fewer
+    tokens is right where the texts have no more: to know that it is learnt again.
     """
     if not path.exists():
-        write_atomically(path, train_tokenizer(texts, kind, vocab_size).json.encode())
-    found = load_tokenizer(path)
-    if (found.kind, found.vocab_size) != (kind, vocab_size):
-        raise ValueError(
-            f"{path}: expected a {kind} tokenizer of {vocab_size} tokens, got {found.kind} of {found.vocab_size}; "
-            "remove it and the token shards beside it"
-        )
+        found = train_tokenizer(texts, kind, vocab_size)
+        write_atomically(path, found.json.encode())
+    else:
+        found = load_tokenizer(path)
+        right = (found.kind, found.vocab_size) == (kind, vocab_size)
+        if found.kind == kind and found.vocab_size < vocab_size:
+            right = train_tokenizer(texts, kind, vocab_size).sha256 == found.sha256
+        if not right:
+            raise ValueError(
+                f"{path}: expected a {kind} tokenizer of {vocab_size} tokens, got {found.kind} of "
+                f"{found.vocab_size}; remove it and the token shards beside it"
+            )
+    if found.vocab_size < vocab_size:
+        print(f"note: the text has no more than {found.vocab_size} tokens in it, {vocab_size} were allowed")
     print(f"{found.vocab_size} tokens, {kind}: {path}")
 
 

@@ -33,6 +33,19 @@ class Purpose(IntEnum):
     TEXT = 7
 
 
+class TextView(IntEnum):
+    """Views of Purpose.TEXT. Values are part of the order law too."""
+
+    SHIFT = 0
+    """Where the first row of an epoch begins (data/rows.py)."""
+    PAIR = 1
+    """The second segment of a row (data/rows.py)."""
+    GENERATE = 2
+    """The next token of a text that is written (text/generate.py)."""
+    BATCHES = 3
+    """The order of batches sorted by length (probe/text_finetune.py)."""
+
+
 def philox4x32(
     counter: tuple[IntArray, IntArray, IntArray, IntArray], key: tuple[int | IntArray, int | IntArray]
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:

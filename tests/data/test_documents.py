@@ -287,13 +287,21 @@ def test_auto_looks_and_refuses_both(tmp_path, capsys):
     image = write_texts(tmp_path / "images", {"a.png": encode(picture(0))})
     main_pack(str(image), tmp_path / "i", processes=1)
     assert "1 images in 1 shards" in capsys.readouterr().out
-    write_texts(image, {"README.md": "about"})
+    write_texts(image, {"README.md": "about", "license.txt": "free"})
+    main_pack(str(image), tmp_path / "i2", processes=1)
+    said = capsys.readouterr().out
+    assert "note: 2 files in" in said and "1 images in 1 shards" in said
+    alone = write_texts(tmp_path / "alone", {"README.md": "about"})
+    assert detect(alone) == "text"
+    write_texts(image, {"caption.txt": "a picture"})
     with pytest.raises(ValueError, match="holds 1 images and 1 text files; say which: --kind images, or --kind text"):
         main_pack(str(image), tmp_path / "b", processes=1)
     main_pack(str(image), tmp_path / "b", kind="text", processes=1)
-    assert "1 documents in 1 shards" in capsys.readouterr().out
+    assert "3 documents in 1 shards" in capsys.readouterr().out
     with pytest.raises(ValueError, match="documents: .* holds images, which have no paragraphs"):
         main_pack(str(image), tmp_path / "c", kind="images", documents="paragraph", processes=1)
+    with pytest.raises(ValueError, match="caption.txt: expected a folder of images, got the file"):
+        main_pack(str(image / "caption.txt"), tmp_path / "c", kind="images", processes=1)
     for ignored in ({"kind": "text"}, {"documents": "paragraph"}, {"samples_per_shard": 10}):
         with pytest.raises(ValueError, match="python-docs: --kind, --documents and --samples-per-shard mean nothing"):
             main_pack("python-docs", tmp_path / "d", processes=1, **ignored)
@@ -419,7 +427,9 @@ def test_python_docs_makes_everything_and_keeps_it(tmp_path, monkeypatch):
     modules = {part: {key.replace("/", ".") for key in texts_of(made.packed[part].index)} for part in made.packed}
     assert modules["train"] | modules["test"] == {f"pack{i % 3}.m{i}" for i in range(60)}
     assert all(is_test(name) for name in modules["test"]) and not any(map(is_test, modules["train"]))
-    assert 0 < len(modules["test"]) < 15 and made.left_out == 2
+    assert 0 < len(modules["test"]) < 15 and (made.left_out, made.unreadable) == (1, 1)
+    assert "1 modules with less than 200 characters" in str(made)
+    assert "1 modules that this Python cannot parse left out" in str(made)
     for part in ("train", "test"):
         tokens = open_tokens(str(tmp_path / "docs" / f"{part}-tokens"))
         assert len(tokens) == len(modules[part]) and tokens.source == made.packed[part].index.fingerprint

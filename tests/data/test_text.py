@@ -13,12 +13,11 @@ from data.text_making import TEXTS, make_tokenizer, make_tokens
 from mutants import exec_changed
 from selfsup.batch import TextBatch
 from selfsup.data import text
-from selfsup.data.documents import open_texts
 from selfsup.data.index import build_index, save_index
 from selfsup.data.mask_tokens import Masking
 from selfsup.data.order import BatchPlan, sample_order
 from selfsup.data.rows import TextData, open_rows
-from selfsup.data.text import count_truncated, document_batches, train_text
+from selfsup.data.text import train_text
 
 LENGTH, SEED = 16, 5
 MASKING = Masking(0.2, 0.4, 10, False)
@@ -308,47 +307,3 @@ def test_a_damaged_text_stops_training_and_is_named(tmp_path, workers):
     stream = train_text(settings, rows, 0, plan, 0, workers, MASKING)
     with pytest.raises(ValueError, match="t.tar: 0: shard altered or damaged"):
         next(stream)
-
-
-# ---- documents for probes -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("wrap", ["bert", "gpt"])
-def test_every_document_once_in_order(corpus, wrap, workers):
-    docs, index = corpus
-    numbers, labels, cut = [], [], 0
-    for batch, label, document in document_batches(index, LENGTH, wrap, 7, workers):
-        assert batch.targets == 0 and batch.tokens.shape == batch.document_ids.shape
-        longest = 0
-        for i, number in enumerate(document.tolist()):
-            whole = [2, *docs[number], 3] if wrap == "bert" else [*docs[number], 3]
-            short = whole[:LENGTH]
-            if len(whole) > LENGTH:
-                short, cut = [*short[:-1], 3] if wrap == "bert" else short, cut + 1
-            rest = batch.tokens.shape[1] - len(short)
-            assert batch.tokens[i].tolist() == short + [0] * rest
-            assert batch.document_ids[i].tolist() == [0] * len(short) + [-1] * rest
-            longest = max(longest, len(short))
-        assert longest == batch.tokens.shape[1]  # padded to the longest, no further
-        numbers += document.tolist()
-        labels += label.tolist()
-    assert numbers == list(range(50)) and labels == [i % 3 - 1 for i in range(50)]
-    assert count_truncated(index, LENGTH, wrap) == cut > 0
-
-
-def test_documents_of_text_shards(tmp_path):
-    folder, tokenizer = tmp_path / "texts", make_tokenizer()
-    folder.mkdir()
-    members = [
-        m for i, t in enumerate(TEXTS) for m in [(f"{i}.cls", str(i).encode()), (f"{i}.txt", t.encode())]
-    ]
-    write_tar(folder / "t.tar", members)
-    save_index(build_index(folder, 1))
-    index = open_texts(str(folder))
-    expected = [[2, *ids.tolist(), 3] for ids in tokenizer.encode(TEXTS)]
-    ((batch, labels, _),) = document_batches(index, 500, "bert", 8, tokenizer=tokenizer)
-    assert [ids[d >= 0].tolist() for ids, d in zip(batch.tokens, batch.document_ids)] == expected
-    assert labels.tolist() == [0, 1, 2]
-    longest = sorted(map(len, expected))
-    assert count_truncated(index, longest[1], "bert", tokenizer) == 1

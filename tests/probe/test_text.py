@@ -8,7 +8,6 @@ from data.text_making import make_tokenizer, make_tokens
 from mutants import exec_changed
 from selfsup import cli
 from selfsup.data.order import sample_order
-from selfsup.data.source import truncated, wrapped
 from selfsup.probe import text as module
 from selfsup.probe import text_finetune as finetune_module
 from selfsup.probe.text import (
@@ -56,11 +55,14 @@ def test_documents_are_wrapped_and_cut_as_rows_are(tmp_path, name, length):
     made = [list(range(5, 5 + n)) for n in range(1, 13)]
     source = make_tokens(made, tmp_path / "t", tokenizer, [0] * 12)
     run = load_text_run(str(text_run(tmp_path / "r", name, tokenizer, encoder={"max_length": length})))
-    wrap = run.recipe.objective.wrap
     found = read_documents(run, source, "")
-    expected = wrapped(source, np.arange(12), wrap, length)
-    assert [ids.tolist() for ids in found.ids] == [ids.tolist() for ids in expected]
-    assert found.truncated == truncated(source, wrap, length)
+    whole = [[2, *ids, 3] if name == "mlm" else [*ids, 3] for ids in made]
+    expected = [ids[:length] for ids in whole]
+    if name == "mlm":  # ends in [SEP] all the same
+        expected = [[*ids[:-1], 3] for ids in expected]
+    assert [ids.tolist() for ids in found.ids] == expected
+    assert found.cut.tolist() == [len(ids) > length for ids in whole]
+    assert found.truncated == sum(len(ids) > length for ids in whole)
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "last"])
@@ -223,11 +225,13 @@ def test_scratch_has_nothing_of_the_run_but_its_architecture(files):
 def test_a_limit_takes_a_part_of_a_larger_limit(files):
     run = load_text_run(files["mlm"])
     sets = open_sets(run, files["tokens"], files["test"])
-    sets = sets._replace(train=Documents([np.array([i]) for i in range(80)], np.arange(80), 0))
+    sets = sets._replace(train=Documents([np.array([i]) for i in range(80)], np.arange(80), np.arange(80) % 3 == 0))
     few, many = ({int(ids[0]) for ids in limited(sets, n).train.ids} for n in (10, 30))
     assert len(few) == 10 and len(many) == 30 and few < many
     assert limited(sets, 10).train.labels.tolist() == sorted(few)
-    assert limited(sets, 10).about["train"]["limited_to"] == 10
+    train = limited(sets, 10).about["train"]
+    assert train["limited_to"] == 10
+    assert train["truncated"] == limited(sets, 10).train.truncated == sum(i % 3 == 0 for i in few) < 10
 
 
 def test_a_schedule_of_epochs_is_counted_in_documents(files, monkeypatch):

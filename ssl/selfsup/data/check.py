@@ -79,7 +79,7 @@ def main_check(shards: str, /, drop: bool = False, processes: int = os.cpu_count
         drop: leave images or texts that cannot be decoded out of the index (the shards stay as they are).
         processes: samples are decoded by so many.
     """
-    if is_token_folder(local_folder(shards)):
+    if is_token_folder(local_folder(shards, "SHARDS")):
         _check_token_folder(shards, drop)
         return
     index = open_shards(shards, None)

@@ -14,6 +14,8 @@ from selfsup.data.tokenize import TOKENS_PER_SHARD, check_free, tokenize_shards,
 from selfsup.durable import write_atomically
 
 PYTHON_DOCS = "python-docs"
+_ABOUT = {"README", "LICENSE", "LICENCE", "NOTICE", "CITATION"}
+"""Files that tell of the others."""
 SAMPLES_PER_SHARD = 5000
 
 
@@ -61,15 +63,20 @@ def main_pack(
 
 
 def detect(source: Path) -> shard.Kind:
-    """What a file or folder holds. Raises ValueError where there is nothing, or images and texts side by side."""
+    """What a file or folder holds; a README or a licence beside images does not count.
+
+    Raises ValueError where there is nothing, or images and texts side by side.
+    """
     if source.is_file():
         return "text"
     wanted = (*shard.IMAGE_EXTENSIONS, *TEXT_FILES, JSON_LINES)
     files, _ = find_files(source, wanted)
-    images = sum(file.suffix[1:].lower() in shard.IMAGE_EXTENSIONS for file in files)
-    if 0 < images < len(files):
+    texts = [file for file in files if file.suffix[1:].lower() not in shard.IMAGE_EXTENSIONS]
+    images = len(files) - len(texts)
+    others = sum(file.name.split(".")[0].upper() not in _ABOUT for file in texts)
+    if images and others:
         raise ValueError(
-            f"{source}: holds {images} images and {len(files) - images} text files; say which: --kind images, or "
+            f"{source}: holds {images} images and {others} text files; say which: --kind images, or "
             "--kind text"
         )
     return "images" if images else "text"
@@ -97,7 +104,7 @@ def main_tokenizer(
     check_free(out)
     if out.is_dir():
         raise ValueError(f"{out}: expected a file to write, got a folder; name {out / tokenizer.TOKENIZER_NAME}")
-    index = open_texts(shards)
+    index = open_texts(shards, "SHARDS")
     rows = sampled_rows(index, sample)
     trained = train_on_shards(index, kind, vocab_size, cased, sample)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +135,7 @@ def main_tokenize(
         tokens_per_shard: tokens a file, at most (a longer document has one of its own).
     """
     start = time.monotonic()
-    index = tokenize_shards(open_texts(shards), dest, tokenizer, processes, tokens_per_shard)
+    index = tokenize_shards(open_texts(shards, "SHARDS"), dest, tokenizer, processes, tokens_per_shard)
     if index.empty:
         print(f"left out: {index.empty} documents without a token")
     share = index.unknown / index.tokens

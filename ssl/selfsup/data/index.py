@@ -235,16 +235,16 @@ def load_index(folder: str | Path) -> ShardIndex:
     return index
 
 
-def local_folder(shards: str) -> Path:
-    """The folder a user named. Raises ValueError for anything else: shards are read from local
-    files only, and a `pipe:` or URL in a config would be code or a download in disguise."""
+def local_folder(shards: str, option: str = "data.shards") -> Path:
+    """The folder a user named; option: where. Raises ValueError for anything else: shards are read from
+    local files only, and a `pipe:` or URL in a config would be code or a download in disguise."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:|-$", shards):
-        raise ValueError(f"data.shards: expected a local folder, got {shards!r}; copy the shards to a disk")
+        raise ValueError(f"{option}: expected a local folder, got {shards!r}; copy the shards to a disk")
     folder = Path(shards).expanduser()
     if not folder.exists():
-        raise ValueError(f"data.shards: no such folder: {folder}")
+        raise ValueError(f"{option}: no such folder: {folder}")
     if not folder.is_dir():
-        raise ValueError(f"data.shards: expected the folder that holds the shards, got the file {folder}")
+        raise ValueError(f"{option}: expected the folder that holds the shards, got the file {folder}")
     return folder
 
 

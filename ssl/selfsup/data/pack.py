@@ -104,6 +104,8 @@ def pack(
     decodable image, and where `dest` holds shards of something else.
     """
     source, dest = Path(source).expanduser(), Path(dest).expanduser()
+    if source.is_file():
+        raise ValueError(f"{source}: expected a folder of images, got the file")
     files, others = find_files(source, IMAGE_EXTENSIONS)
     names, labels = class_folders(source, files)
     samples, stamps, taken = [], [], set()

@@ -32,12 +32,16 @@ class PythonDocs(NamedTuple):
     tokens: dict[str, TokenIndex]
     left_out: int
     """Modules with less than 200 characters of documentation."""
+    unreadable: int
+    """Modules that are no valid Python."""
 
     def __str__(self) -> str:
         folder = self.tokens["train"].folder.parent
         lines = [f"{part}: {report}" for part, report in self.packed.items()]
         lines += [f"{part}: {index.tokens} tokens: {index.folder}" for part, index in self.tokens.items()]
         lines.append(f"{self.left_out} modules with less than {_LEAST} characters of documentation left out")
+        if self.unreadable:
+            lines.append(f"{self.unreadable} modules that this Python cannot parse left out")
         lines.append(f"tokenizer: wordpiece, {self.tokens['train'].vocab_size} tokens: {folder / TOKENIZER_NAME}")
         return "\n".join([*lines, "next: selfsup train configs/mlm/quickstart.yaml"])
 
@@ -81,12 +85,13 @@ def make_python_docs(dest: Path, processes: int = 1, library: Path | None = None
     """
     folder = library or Path(sysconfig.get_paths()["stdlib"])
     parts: dict[str, list[Sample]] = {"train": [], "test": []}
-    left_out = 0
+    left_out = unreadable = 0
     for name, path in tqdm(library_modules(folder).items(), desc="read", unit="module", disable=None):
         try:
             text = "\n\n".join(docstrings(path.read_text(encoding="utf-8")))
         except (SyntaxError, ValueError):  # files that show what Python refuses
-            text = ""
+            unreadable += 1
+            continue
         if len(text) < _LEAST:
             left_out += 1
             continue
@@ -102,7 +107,7 @@ def make_python_docs(dest: Path, processes: int = 1, library: Path | None = None
     elif load_tokenizer(tokenizer).sha256 != trained.sha256:
         raise ValueError(f"{tokenizer}: not the tokenizer that these texts make; remove {dest}, or name another")
     tokens = {part: _tokens(report, tokenizer, processes) for part, report in packed.items()}
-    return PythonDocs(packed, tokens, left_out)
+    return PythonDocs(packed, tokens, left_out, unreadable)
 
 
 def _tokens(report: PackReport, tokenizer: Path, processes: int) -> TokenIndex:

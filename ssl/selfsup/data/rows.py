@@ -19,10 +19,7 @@ from selfsup.config import Section
 from selfsup.data import packing
 from selfsup.data.packing import PACKING_VERSION, Packing, Pieces, Wrap
 from selfsup.data.source import Source, Texts, check_roles, open_source, wrapped
-from selfsup.keyed import Purpose, random_bits
-
-# Views of Purpose.TEXT.
-_SHIFT, _PAIR = 0, 1
+from selfsup.keyed import Purpose, TextView, random_bits
 
 
 class TextData(Section):
@@ -160,7 +157,7 @@ class Rows:
             return [self._from_stream(start) for start in starts]
         if self.packing == "bestfit":
             return [self._from_pieces(r) for r in row]
-        bits = random_bits(seed, epoch, row, Purpose.TEXT, 4, _PAIR)
+        bits = random_bits(seed, epoch, row, Purpose.TEXT, 4, TextView.PAIR)
         return [self._pair(r, drawn) for r, drawn in zip(row, bits)]
 
     def row(self, seed: int, epoch: int, row: int) -> Row:
@@ -263,7 +260,8 @@ def open_rows(config: TextData, length: int, wrap: Wrap, next_token: bool) -> Ro
 @lru_cache(maxsize=16)
 def shift(seed: int, epoch: int, shifts: int) -> int:
     """concat: where the first row of an epoch begins, 0 .. shifts - 1."""
-    high, low = random_bits(seed, epoch, np.zeros(1, dtype=np.int64), Purpose.TEXT, 2, _SHIFT)[0].tolist()
+    row = np.zeros(1, dtype=np.int64)
+    high, low = random_bits(seed, epoch, row, Purpose.TEXT, 2, TextView.SHIFT)[0].tolist()
     return (high << 32 | low) % shifts
 
 

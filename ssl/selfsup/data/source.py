@@ -54,15 +54,6 @@ def wrapped(
     return out
 
 
-def truncated(source: Source, wrap: Wrap, width: int) -> int:
-    """How many documents `wrapped` cuts. Documents of text shards are all tokenised for it."""
-    most = packing.longest(wrap, width)
-    if not isinstance(source, Texts):
-        return int((np.diff(source.offsets) > most).sum())
-    parts = np.array_split(np.arange(len(source)), -(-len(source) // 256))
-    return sum(len(ids) > most for part in parts for ids in source.read(part))
-
-
 def open_source(shards: str, tokenizer: str | None) -> Source:
     """The documents of a folder, checked against its files.
 

@@ -1,4 +1,4 @@
-"""Text from rows to batches: the data set, the loaders."""
+"""Text from rows to batches: the data set, the loader."""
 
 from collections.abc import Iterator
 
@@ -9,15 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from selfsup.batch import TextBatch
-from selfsup.data.index import ShardIndex
 from selfsup.data.loader import load
 from selfsup.data.mask_tokens import Masking, mask_tokens
 from selfsup.data.order import BatchPlan, micro_batches, sample_order
-from selfsup.data.packing import Wrap
 from selfsup.data.rows import Row, Rows, TextData
-from selfsup.data.source import Source, Texts, check_roles, truncated, wrapped
-from selfsup.data.tokenizer import TextTokenizer
-from selfsup.data.tokens import TokenIndex
 
 
 class TrainText(Dataset):
@@ -127,74 +122,3 @@ def train_text(
     # Workers hold about the next whole step ready, and at least two micro-batches each.
     prefetch = min(8, max(2, -(-plan.accumulation // max(1, workers)) + 1))
     return load(dataset, micro_batches(plan, start_cursor), workers, prefetch)
-
-
-class _Documents(Dataset):
-    """Map-style: from numbers of documents to documents, padded to the longest."""
-
-    def __init__(self, source: Source, length: int, wrap: Wrap) -> None:
-        self.source, self.length, self.wrap = source, length, wrap
-
-    def __getitems__(
-        self, documents: Int64[np.ndarray, "b"]
-    ) -> tuple[TextBatch, Tensor, Tensor] | ValueError:
-        try:
-            found = wrapped(self.source, documents, self.wrap, self.length)
-        except ValueError as error:
-            return error
-        b, longest, pad = len(found), max(map(len, found)), self.source.tokenizer.pad
-        tokens = np.full((b, longest), self.source.tokenizer.sep if pad is None else pad, dtype=np.int64)
-        real = np.full((b, longest), -1, dtype=np.int64)
-        for row, ids in enumerate(found):
-            tokens[row, : len(ids)], real[row, : len(ids)] = ids, 0
-        numbers, none = torch.from_numpy(documents), torch.zeros(0, dtype=torch.int64)
-        batch = TextBatch(
-            tokens=torch.from_numpy(tokens),
-            labels=none,
-            where=none,
-            document_ids=torch.from_numpy(real),
-            positions=None,
-            token_types=None,
-            random_next=None,
-            global_batch=b,
-            seed=0,
-            epoch=torch.zeros(b, dtype=torch.int64),
-            position=numbers,
-            index=numbers,
-        )
-        return batch, torch.from_numpy(self.source.label[documents]), numbers
-
-
-def document_batches(
-    documents: TokenIndex | ShardIndex,
-    length: int,
-    wrap: Wrap,
-    batch_size: int,
-    workers: int = 0,
-    tokenizer: TextTokenizer | None = None,
-) -> Iterator[tuple[TextBatch, Tensor, Tensor]]:
-    """Every document once, in index order: batch without targets, labels int64 (b,) with -1 for none, document
-    numbers int64 (b,).
-
-    Documents are wrapped, cut after `length` tokens (`count_truncated`) and padded to the longest of their batch;
-    nothing is random. tokenizer: for text shards, and only for them. Raises ValueError for a tokenizer without the
-    special tokens of `wrap`; iterating raises it for what cannot be read, and names the file.
-    """
-    source = _source(documents, tokenizer, wrap)
-    numbers = np.arange(len(source), dtype=np.int64)
-    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    return load(_Documents(source, length, wrap), batches, workers, prefetch=2)
-
-
-def count_truncated(
-    documents: TokenIndex | ShardIndex, length: int, wrap: Wrap, tokenizer: TextTokenizer | None = None
-) -> int:
-    """How many documents `document_batches` cuts. Text shards are tokenised for it."""
-    return truncated(_source(documents, tokenizer, wrap), wrap, length)
-
-
-def _source(documents: TokenIndex | ShardIndex, tokenizer: TextTokenizer | None, wrap: Wrap) -> Source:
-    assert isinstance(documents, ShardIndex) == (tokenizer is not None)
-    source = documents if tokenizer is None else Texts(documents, tokenizer)
-    check_roles(source.tokenizer, wrap, masks=False)
-    return source

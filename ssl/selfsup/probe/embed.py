@@ -74,8 +74,8 @@ def embed(
     expect_new(out)
     expect(batch_size >= 1, "--batch-size", ">= 1", batch_size)
     expect(workers >= 0, "--workers", ">= 0", workers)
-    index = open_shards(shards)
     encoder = load_frozen(source, weights)
+    index = open_shards(shards)
     for note in encoder.notes:
         print(note)
     features = encoder_features(encoder, index, batch_size, workers, choose_device(device), bf16, "embed")

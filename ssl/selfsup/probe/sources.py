@@ -208,17 +208,22 @@ def pixels_too_large(encoder: FrozenEncoder, train: ShardIndex, test: ShardIndex
 def check_labels(train: ShardIndex | TokenIndex, test: ShardIndex | TokenIndex) -> int:
     """How many classes there are: labels are below it.
 
-    Raises ValueError where labels are missing, the two sets do not belong together, or the training set has
-    fewer than two classes.
+    Raises ValueError where labels are missing or too large, the two sets do not belong together, or the training
+    set has fewer than two classes.
     """
     for option, index in (("--train", train), ("--test", test)):
         missing = np.flatnonzero(index.label < 0)
         if len(missing):
-            row = int(missing[0])
-            first = index.key(row) if isinstance(index, ShardIndex) else f"document {row}"
+            line = "" if isinstance(index, ShardIndex) and index.kind == "images" else ', or JSONL with a "label" a line'
             raise ValueError(
                 f"{option} {index.folder}: {len(missing)} of {len(index)} samples have no label, first "
-                f"{first}; a probe needs them all: pack the samples in one folder per class"
+                f"{_name(index, missing[0])}; a probe needs them all: pack the samples in one folder per class{line}"
+            )
+        large = np.flatnonzero(index.label >= MOST_CLASSES)
+        if len(large):
+            raise ValueError(
+                f"{option} {index.folder}: expected labels below {MOST_CLASSES:,}, got {index.label[large[0]]} of "
+                f"{_name(index, large[0])}; number the classes from 0"
             )
     if _texts(train) == _texts(test):
         raise ValueError(f"--test {test.folder}: holds the same samples as --train; give other shards")
@@ -232,6 +237,10 @@ def check_labels(train: ShardIndex | TokenIndex, test: ShardIndex | TokenIndex) 
     if len(labels) < 2:
         raise ValueError(f"--train {train.folder}: expected two classes or more, got {len(labels)}")
     return int(max(train.label.max(), test.label.max())) + 1
+
+
+def _name(index: ShardIndex | TokenIndex, row: np.integer) -> str:
+    return index.key(int(row)) if isinstance(index, ShardIndex) else f"document {row}"
 
 
 def _texts(index: ShardIndex | TokenIndex) -> str:

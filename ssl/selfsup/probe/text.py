@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
@@ -45,8 +45,13 @@ class Documents(NamedTuple):
     ids: list[Int64[np.ndarray, "_"]]
     """Special tokens around each, none longer than a row."""
     labels: Int64[np.ndarray, " n"]
-    truncated: int
-    """How many were cut."""
+    cut: Bool[np.ndarray, " n"]
+    """Which were longer than a row."""
+
+    @property
+    def truncated(self) -> int:
+        """How many were cut."""
+        return int(self.cut.sum())
 
 
 class TextSets(NamedTuple):
@@ -156,7 +161,7 @@ def read_documents(run: TextRun, source: Source, title: str) -> Documents:
     """Every document, wrapped and cut as the run's rows are (`data.source.wrapped`), each tokenised once."""
     wrap, width = run.recipe.objective.wrap, run.max_length
     check_roles(run.tokenizer, wrap, masks=False)
-    ids, truncated = [], 0
+    ids, cut = [], []
     bar = tqdm(total=len(source), desc=f"read {title}", unit="doc", disable=None)
     with bar:
         for start in range(0, len(source), _READ):
@@ -164,12 +169,12 @@ def read_documents(run: TextRun, source: Source, title: str) -> Documents:
             # A token more than fits shows what is too long without tokenising it again.
             for found in wrapped(source, numbers, wrap, width + 1):
                 long = len(found) > width
-                truncated += long
+                cut.append(long)
                 if long and wrap == "bert":
                     found = np.append(found[: width - 1], run.tokenizer.sep)
                 ids.append(found[:width].astype(np.int64))
             bar.update(len(numbers))
-    return Documents(ids, np.asarray(index_of(source).label), truncated)
+    return Documents(ids, np.asarray(index_of(source).label), np.array(cut, dtype=bool))
 
 
 def padded(documents: list[Int64[np.ndarray, "_"]]) -> Int64[Tensor, "b n"]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from selfsup.data.order import sample_order
 from selfsup.encoders.text import TextEncoder, init_normal
-from selfsup.keyed import Purpose, random_bits
+from selfsup.keyed import Purpose, TextView, random_bits
 from selfsup.probe.features import Device
 from selfsup.probe.fit import Batch, accuracy, fit, own_generators, seed_generators, steps_of
 from selfsup.probe.online import fixed_rows
@@ -45,7 +45,6 @@ CLIP = 1.0
 """Largest norm of the gradient (google-research/bert, optimization.py)."""
 _BUCKETS = 50
 """Batches whose documents are sorted by length among themselves."""
-_BATCHES = 3  # view of Purpose.TEXT; 0 to 2 are the rows' and generation's
 
 
 @dataclass(frozen=True)
@@ -133,11 +132,11 @@ def limited(sets: TextSets, limit: int | None) -> TextSets:
     """The same with `limit` training documents. Raises ValueError where there are fewer."""
     if limit is None:
         return sets
-    ids, labels, truncated = sets.train
+    ids, labels, cut = sets.train
     expect(limit <= len(ids), "--limit", f"at most the {len(ids)} training documents", limit)
     rows = np.sort(fixed_rows(len(ids), limit))
-    train = Documents([ids[row] for row in rows], labels[rows], truncated)
-    about = {**sets.about, "train": {**sets.about["train"], "limited_to": limit}}
+    train = Documents([ids[row] for row in rows], labels[rows], cut[rows])
+    about = {**sets.about, "train": {**sets.about["train"], "limited_to": limit, "truncated": train.truncated}}
     return sets._replace(train=train, about=about)
 
 
@@ -193,7 +192,7 @@ def bucketed_rows(
         epoch, position = np.divmod(cursors, len(lengths))
         rows = sample_order(seed, epoch, position, len(lengths), "shuffled")
         rows = rows[np.argsort(lengths[rows], kind="stable")].reshape(count, batch_size)
-        bits = random_bits(seed, 0, np.array([number]), Purpose.TEXT, count, _BATCHES)[0]
+        bits = random_bits(seed, 0, np.array([number]), Purpose.TEXT, count, TextView.BATCHES)[0]
         yield from rows[np.argsort(bits, kind="stable")]
 
 

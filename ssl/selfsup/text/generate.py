@@ -14,7 +14,6 @@ from selfsup.layers.attention import LayerCache
 from selfsup.objectives.clm import CLM
 from selfsup.text.load import TextRun, load_text_run, print_notes
 
-_DRAW = 2  # view of Purpose.TEXT; 0 and 1 are the rows' (data/rows.py)
 
 
 def main_generate(
@@ -191,7 +190,7 @@ def filter_logits(
 def draw(logits: Float[Tensor, "b v"], seed: int, step: int) -> Int64[Tensor, " b"]:
     """One token a row, by its probability: a pure function of logits, seed, step and number of the row."""
     rows = torch.arange(len(logits), device=logits.device)
-    u = uniform(seed, step, rows, Purpose.TEXT, 1, _DRAW)  # (b, 1) float64 in [0, 1)
+    u = uniform(seed, step, rows, Purpose.TEXT, 1, TextView.GENERATE)  # (b, 1) float64 in [0, 1)
     chances = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (b, v)
     total = chances[:, -1:]
     # The first token whose sum is above u: never one of probability 0.

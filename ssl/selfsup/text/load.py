@@ -103,7 +103,7 @@ def open_documents(run: TextRun, shards: str, option: str) -> Source:
     option: names the shards in messages. Raises ValueError for token shards of another tokenizer, and for
     what `open_tokens` and `open_texts` refuse.
     """
-    if not is_token_folder(local_folder(shards)):
+    if not is_token_folder(local_folder(shards, option)):
         return Texts(open_texts(shards), run.tokenizer)
     index = open_tokens(shards)
     if index.tokenizer_sha256 != run.tokenizer.sha256:
