@@ -9,7 +9,8 @@
 nanoGPT runs its own data/shakespeare_char/prepare.py on --text, then its own train.py with the options of
 its README for a CPU (tried with its commit 3adf61e): 4 layers, 4 heads, width 128, context 64, batch 12,
 2,000 steps, no dropout, no compilation; it looks at its losses at the first and the last step only. selfsup
-trains configs/clm/shakespeare-char.yaml. Both in fp32, each in a process of its own, in turn, in an order
+trains configs/clm/shakespeare-char.yaml, in fp32 like nanoGPT; --sides nanogpt selfsup selfsup-rope also trains it
+with rotary positions in bf16. Each in a process of its own, in turn, in an order
 swapped every round; a round is another seed for selfsup, nanoGPT has one. Counted is a whole process, from
 start to end, imports, checkpoints and all.
 
@@ -65,7 +66,15 @@ save_model(ran["raw_model"], out)
 """
 _ESTIMATE = re.compile(r"step (\d+): train loss ([\d.]+), val loss ([\d.]+)")
 
-Side = Literal["nanogpt", "selfsup"]
+Side = Literal["nanogpt", "selfsup", "selfsup-rope"]
+VARIANTS = {
+    "selfsup": {},
+    "selfsup-rope": {
+        "--encoder.positions": "rope",
+        "--encoder.attention": "reference",
+        "--precision.mixed": "bf16",
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,19 +130,19 @@ def main(options: Options) -> int:
             if side == "nanogpt":
                 found = run_nanogpt(options, folder)
             else:
-                found = run_selfsup(options, folder, turn, validation.read(0, validation.tokens))
+                text = validation.read(0, validation.tokens)
+                found = run_selfsup(options, VARIANTS[side], folder, turn, text)
             runs[side].append(found)
             estimate = f", its own estimate {found['estimate']:.4f}" if "estimate" in found else ""
             print(
-                f"{side:8s}  round {turn}  {found['seconds']:6.1f} s  validation loss {found['loss']:.4f}{estimate}",
+                f"{side:12s}  round {turn}  {found['seconds']:6.1f} s  validation loss {found['loss']:.4f}{estimate}",
                 flush=True,
             )
         order.reverse()
-    if len(runs) == 2:
-        both = zip(runs["nanogpt"], runs["selfsup"])
-        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in both]
+    for side in runs.keys() - {"nanogpt"} if "nanogpt" in runs else ():
+        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(runs["nanogpt"], runs[side])]
         print(
-            f"nanoGPT's time over selfsup's: {statistics.median(ratios):.2f} "
+            f"nanoGPT's time over that of {side}: {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
     report = {**machine(options, torch.device("cpu")), "runs": runs}
@@ -189,7 +198,7 @@ def run_nanogpt(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def run_selfsup(
-    options: Options, folder: Path, seed: int, validation: Int[np.ndarray, " n"]
+    options: Options, variant: dict[str, str], folder: Path, seed: int, validation: Int[np.ndarray, " n"]
 ) -> dict[str, Any]:
     """Our run: its time, and the score of its last weights."""
     keys = {
@@ -198,6 +207,7 @@ def run_selfsup(
         "--run.threads": str(options.threads),
         "--optim.steps": str(options.steps),
         "--seed": str(seed),
+        **variant,
     }
     words = [word for pair in keys.items() for word in pair]
     command = [sys.executable, "-m", "selfsup.train", str(CONFIG), *words]

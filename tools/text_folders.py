@@ -49,8 +49,8 @@ def pack_texts(documents: list[tuple[str, int, str]], classes: list[str], dest: 
 def keep_tokenizer(texts: list[str], path: Path, kind: Kind, vocab_size: int) -> None:
     """Learns a tokenizer of at most `vocab_size` tokens, or finds one there, which is kept.
 
-    Raises ValueError where the one that is there is of another kind or size. One with fewer
-    tokens is right where the texts have no more: to know that it is learnt again.
+    Raises ValueError where the one that is there is of another kind or size. One with fewer tokens is right where
+    the texts have no more: to know that, it is learnt again and compared.
     """
     if not path.exists():
         found = train_tokenizer(texts, kind, vocab_size)

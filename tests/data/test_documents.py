@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data.making import encode, picture, write_tar
 from selfsup.data import text_sources
 from selfsup.data.check import main_check
-from selfsup.data.command import main_pack
+from selfsup.data.command import detect, main_pack
 from selfsup.data.documents import TextStream, chunks, open_texts, sampled_rows
 from selfsup.data.index import build_index, load_index, main_index, open_shards, save_index
 from selfsup.data.pack import PackReport

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -318,6 +319,9 @@ def test_the_commands_say_what_they_did(texts, tmp_path, capsys):
     with pytest.raises(ValueError, match="expected a file to write, got a folder"):
         (tmp_path / "folder").mkdir()
         main_tokenizer(str(texts.folder), tmp_path / "folder")
+    for command in (main_tokenizer, partial(main_tokenize, tokenizer=out)):
+        with pytest.raises(ValueError, match="^SHARDS: no such folder: nope"):
+            command("nope", tmp_path / "x")
     main_tokenizer(str(texts.folder), tmp_path / "char.json", kind="char", vocab_size=20, sample=4)
     assert "note: the vocabulary is full" in capsys.readouterr().out
     main_tokenize(str(texts.folder), tmp_path / "out", tokenizer=out, processes=1)

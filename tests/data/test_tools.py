@@ -14,7 +14,7 @@ from data.making import encode, picture
 from selfsup.data.decode import decode_image
 from selfsup.data.index import open_shards
 from selfsup.data.reader import ShardReader
-from selfsup.data.tokenizer import SPECIALS
+from selfsup.data.tokenizer import SPECIALS, train_tokenizer
 from selfsup.data.tokens import open_tokens
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -224,6 +224,22 @@ def test_imdb(imdb, tmp_path, capsys):
     assert imdb.main(*files, out, 90) == 0  # again: kept
     assert imdb.main(*files, out, 91) == 2
     assert "got wordpiece of 90" in capsys.readouterr().err
+
+
+def test_a_small_text_has_fewer_tokens_than_were_asked_for(imdb, tmp_path, capsys):
+    files = [
+        write_lines(tmp_path / f"{split}.jsonl", reviews(split, count))
+        for split, count in (("train", 30), ("test", 10))
+    ]
+    out = tmp_path / "out"
+    for _ in range(2):  # the second finds it there
+        assert imdb.main(*files, out) == 0
+        said = capsys.readouterr().out
+        assert "tokens in it, 8192 were allowed" in said
+    path = out / "tokenizer.json"
+    path.write_text(train_tokenizer(["A wonderful film."], "wordpiece", 8192).json)
+    assert imdb.main(*files, out) == 2  # not learnt from these
+    assert "expected a wordpiece tokenizer of 8192 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_refusals():
 
 
 def batch_of(tokens: torch.Tensor, document: torch.Tensor | None) -> TextBatch:
-    """As data/text.py's `document_batches` makes it: no targets."""
+    """Rows without targets."""
     number, none = torch.arange(len(tokens)), torch.zeros(0, dtype=torch.long)
     return TextBatch(
         tokens, none, none, document, None, None, None, len(tokens), 0, number * 0, number, number

@@ -7,9 +7,13 @@ import torch
 from data.text_making import make_tokenizer, make_tokens
 from mutants import exec_changed
 from selfsup import cli
+from selfsup.data.index import open_shards
 from selfsup.data.order import sample_order
+from selfsup.data.text_sources import pack_text
 from selfsup.probe import text as module
 from selfsup.probe import text_finetune as finetune_module
+from selfsup.probe.embed import embed
+from selfsup.probe.sources import check_labels
 from selfsup.probe.text import (
     Documents,
     load_text_runs,
@@ -256,6 +260,8 @@ def test_a_schedule_of_epochs_is_counted_in_documents(files, monkeypatch):
         ("text", "mlm", ["--train", "TRAIN", "--test", "TRAIN"], "holds the same samples as --train"),
         ("text", "mlm", ["--train", "TOKENS", "--test", "TRAIN"], "holds the same samples as --train"),
         ("text", "mlm", ["--train", "BARE", "--test", "TEST"], "of 20 samples have no label"),
+        ("text", "mlm", ["--train", "BARE", "--test", "TEST"], 'or JSONL with a "label" a line'),
+        ("text", "mlm", ["--train", "nope", "--test", "TEST"], "--train: no such folder: nope"),
         (
             "text-finetune",
             "mlm",
@@ -286,3 +292,24 @@ def test_what_makes_no_sense_is_one_line(files, monkeypatch, capsys, command, ru
     assert run_cli(monkeypatch, command, files[run], *(places.get(a, a) for a in arguments)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("shards", ["train", "tokens"])
+def test_features_of_images_are_not_for_text(files, tmp_path, shards):
+    with pytest.raises(ValueError, match=r"a run of text \(objective mlm\), expected images; for text: "):
+        embed(files["mlm"], files[shards], tmp_path / "x.npz", "cpu")
+
+
+def test_labels_too_large_for_a_classifier_are_named(files, tmp_path):
+    lines = [{"text": f"film {i}", "label": label} for i, label in enumerate([0, 99_999, 100_000, 2**40])]
+    made = []
+    for name, count in (("fits", 2), ("large", 4)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
+        made.append(pack_text(tmp_path / f"{name}.jsonl", tmp_path / name).index)
+    fits, large = made
+    test = open_shards(files["test"], "text")
+    assert check_labels(fits, test) == 100_000
+    first = next(row for row in range(4) if large.label[row] >= 100_000)
+    expected = f"--train .*expected labels below 100,000, got {large.label[first]} of {large.key(first)};"
+    with pytest.raises(ValueError, match=expected):
+        check_labels(large, test)

@@ -5,6 +5,8 @@ import torch
 from data.text_making import make_tokenizer
 from mutants import exec_changed
 from selfsup import cli
+from selfsup.data.index import open_shards
+from selfsup.data.reader import ShardReader
 from selfsup.text import fill as module
 from selfsup.text.fill import blanked_ids, blanked_rows, fill, grade, masked_model
 from selfsup.text.load import load_text_run
@@ -113,7 +115,19 @@ def test_the_command_fills_and_grades(files, monkeypatch, capsys):
     assert "what the run trained on" in printed and "right at first guess" in printed
     assert "fewer than --targets 2000: these are all rows there are" in printed
     assert run_cli(monkeypatch, files["mlm"], "--shards", files["texts"], "--targets", 20) == 0
-    assert "what the run trained on" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "what the run trained on" not in printed and "packing pad" in printed and "graded are cut" in printed
+
+
+def test_how_documents_lie_in_rows_and_how_many_are_cut(files):
+    run = load_text_run(files["mlm"])
+    found = grade(run, masked_model(run), files["texts"], 10**6, 1, 0)
+    reader = ShardReader(open_shards(files["texts"], "text"))
+    lengths = [len(ids) + 2 for ids in run.tokenizer.encode(reader.texts(np.arange(40)))]
+    assert found.rows == 40 and found.cut == sum(length > run.max_length for length in lengths) > 0
+    assert "40 rows of 16 tokens, packing pad, from 40 documents" in found.packed
+    tokens = grade(run, masked_model(run), files["tokens"], 60, 1, 0)
+    assert tokens.cut is None and "packing concat" in tokens.packed
 
 
 @pytest.mark.parametrize(
@@ -123,8 +137,11 @@ def test_the_command_fills_and_grades(files, monkeypatch, capsys):
         ("mlm", ["the film"], "expected a [MASK] where the blank is"),
         ("mlm", ["the [MASK] " + "film " * 20], "expected at most encoder.max_length 16 tokens"),
         ("mlm", ["the [MASK]", "--shards", "somewhere"], "--shards: expected no TEXT beside it"),
-        ("mlm", ["--best", "0"], "--best: expected >= 1"),
-        ("mlm", ["--shards", "nowhere-at-all"], "nowhere-at-all"),
+        ("mlm", ["the [MASK]", "--targets", "2000"], "--targets: expected no TEXT beside it"),
+        ("mlm", ["the [MASK]", "--seed", "0"], "--seed: expected no TEXT beside it"),
+        ("mlm", ["--best", "0"], "--best: expected 1 to 50"),
+        ("mlm", ["the [MASK]", "--best", "51"], "--best: expected 1 to 50"),
+        ("mlm", ["--shards", "nowhere-at-all"], "--shards: no such folder: nowhere-at-all"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(files, monkeypatch, capsys, run, arguments, message):

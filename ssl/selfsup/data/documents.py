@@ -17,7 +17,8 @@ _CHUNK_BYTES = 4 << 20
 def open_texts(shards: str, option: str = "data.shards") -> ShardIndex:
     """The index of a folder of text shards, checked against the files that are there.
 
-    option: where the user named the folder. Raises ValueError, with the fix, as `open_shards`; for images; and for token shards, which hold no text.
+    option: where the user named the folder. Raises ValueError, with the fix, as `open_shards`; for images; and
+    for token shards, which hold no text.
     """
     folder = local_folder(shards, option)
     if is_token_folder(folder):

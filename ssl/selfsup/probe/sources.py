@@ -29,6 +29,8 @@ Baseline = Literal["pixels", "random"]
 
 PIXEL_LIMIT = 2**30
 """Bytes of raw pixels above which that baseline is left out: the regression holds several copies."""
+MOST_CLASSES = 100_000
+"""Labels are below it: classifiers have a column for each number up to the largest."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,8 @@ def check_labels(train: ShardIndex | TokenIndex, test: ShardIndex | TokenIndex) 
     for option, index in (("--train", train), ("--test", test)):
         missing = np.flatnonzero(index.label < 0)
         if len(missing):
-            line = "" if isinstance(index, ShardIndex) and index.kind == "images" else ', or JSONL with a "label" a line'
+            images = isinstance(index, ShardIndex) and index.kind == "images"
+            line = "" if images else ', or JSONL with a "label" a line'
             raise ValueError(
                 f"{option} {index.folder}: {len(missing)} of {len(index)} samples have no label, first "
                 f"{_name(index, missing[0])}; a probe needs them all: pack the samples in one folder per class{line}"

@@ -16,6 +16,7 @@ from selfsup.data.index import local_folder
 from selfsup.data.mask_tokens import Masking
 from selfsup.data.order import sample_order
 from selfsup.data.rows import TextData, open_rows
+from selfsup.data.source import Texts, wrapped
 from selfsup.data.text import TrainText
 from selfsup.data.tokenizer import TOKENIZER_NAME
 from selfsup.data.tokens import is_token_folder
@@ -25,6 +26,8 @@ from selfsup.text.load import TextRun, batch_of, load_text_run, open_documents, 
 
 MASK_RATIO = 0.15
 """Share of a row's tokens that are blanked where a model is graded; all of them become [MASK]."""
+TARGETS = 2000
+MOST_GUESSES = 50
 SHOWN = 12
 _ROWS = 32
 """Rows of a forward pass."""
@@ -40,6 +43,10 @@ class Blanks(NamedTuple):
     nll: float
     """Mean of -log p of the right token, nats."""
     rows: int
+    packed: str
+    """How the documents lie in rows, one line."""
+    cut: int | None
+    """Documents graded that were longer than a row; None for token shards, of which `packed` says it."""
     table: str
 
 
@@ -50,34 +57,34 @@ def main_fill(
     *,
     best: int = 5,
     shards: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None,
-    targets: int = 2000,
-    seed: int = 0,
+    targets: int | None = None,
+    seed: int | None = None,
     weights: Literal["trained", "ema"] = "trained",
 ) -> None:
     """Fill the blanks of a text with a masked model (objective mlm), or grade it on documents.
 
-    TEXT has a [MASK] for each blank. Without TEXT: rows of documents, packed as in training, 15 % of their
-    tokens blanked, the same ones for every run on the same rows; twelve of them are shown.
+    TEXT has a [MASK] for each blank. Without TEXT: rows of documents, 15 % of their tokens
+    blanked, the same ones for every run on the same rows; twelve of them are shown. Token shards are packed as in
+    training; text shards are read one document a row, and what is longer is cut. --shards, --targets and --seed
+    are for documents only.
 
     Args:
         run: run or checkpoint folder.
         text: one or more texts with [MASK] in them.
-        best: guesses shown for a blank.
+        best: guesses shown for a blank, 1 to 50.
         shards: documents to grade on, token or text shards; default: those that the run trained on.
-        targets: blanks graded, at least, if there are so many.
-        seed: another one takes other rows and blanks.
+        targets: blanks graded, at least, if there are so many; default: 2000.
+        seed: another one takes other rows and blanks; default: 0.
         weights: those of the last step, or their average over steps (optim.ema).
     """
+    alone = "no TEXT beside it: documents are graded, texts are filled"
     for holds, option, expected, got in (
-        (best >= 1, "--best", ">= 1", best),
-        (targets >= 1, "--targets", ">= 1", targets),
-        (0 <= seed < 2**32, "--seed", "0 <= seed < 2**32", seed),
-        (
-            not (text and shards),
-            "--shards",
-            "no TEXT beside it: documents are graded, texts are filled",
-            shards,
-        ),
+        (1 <= best <= MOST_GUESSES, "--best", f"1 to {MOST_GUESSES}", best),
+        (targets is None or targets >= 1, "--targets", ">= 1", targets),
+        (seed is None or 0 <= seed < 2**32, "--seed", "0 <= seed < 2**32", seed),
+        (not text or shards is None, "--shards", alone, shards),
+        (not text or targets is None, "--targets", alone, targets),
+        (not text or seed is None, "--seed", alone, seed),
     ):
         if not holds:
             raise ValueError(f"{option}: expected {expected}, got {got}")
@@ -91,8 +98,10 @@ def main_fill(
     assert isinstance(loaded.recipe.data, TextData)
     if shards is None:
         print(f"{loaded.recipe.data.shards}: what the run trained on; held-out documents with --shards\n")
-    found = grade(loaded, model, shards or loaded.recipe.data.shards, targets, best, seed)
-    print(found.table)
+    targets = TARGETS if targets is None else targets
+    found = grade(loaded, model, shards or loaded.recipe.data.shards, targets, best, seed or 0)
+    cut = "" if found.cut is None else f"; {found.cut:,} of the {found.rows:,} graded are cut"
+    print(f"{found.packed}{cut}\n\n{found.table}")
     print(
         f"\n{found.targets:,} blanks in {found.rows:,} rows: right at first guess {found.top1:.1%}, among five "
         f"{found.top5:.1%}; mean nll {found.nll:.3f} nats"
@@ -186,8 +195,18 @@ def grade(run: TextRun, model: MLM, shards: str, targets: int, best: int, seed: 
         float((rank < 5).double().mean()),
         float(nll.double().mean()),
         len(tokens),
+        data.rows.describe(),
+        _cut(data, torch.cat([batch.index for batch in batches]).numpy()),
         table,
     )
+
+
+def _cut(data: TrainText, documents: Int64[np.ndarray, " n"]) -> int | None:
+    """How many documents of text shards, each a row, are longer than one."""
+    rows = data.rows
+    if not isinstance(rows.source, Texts):
+        return None
+    return sum(len(ids) > rows.length for ids in wrapped(rows.source, documents, rows.wrap, rows.length + 1))
 
 
 def _graded(logits: Float[Tensor, "t v"], labels: Int64[Tensor, " t"]) -> tuple[Tensor, Tensor]:

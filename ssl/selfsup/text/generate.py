@@ -9,11 +9,10 @@ import tyro
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from selfsup.keyed import Purpose, uniform
+from selfsup.keyed import Purpose, TextView, uniform
 from selfsup.layers.attention import LayerCache
 from selfsup.objectives.clm import CLM
 from selfsup.text.load import TextRun, load_text_run, print_notes
-
 
 
 def main_generate(
