@@ -242,7 +242,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             pack_text(file, tmp_path / "out", 4)
     monkeypatch.setattr(text_sources.Line, "read_bytes", read)
-    with pytest.raises(ValueError, match="no index.safetensors; packing it was interrupted: call selfsup data pack"):
+    with pytest.raises(ValueError, match="no index.safetensors; if packing was interrupted, call selfsup data pack"):
         open_texts(str(tmp_path / "out"))
     kept = len(tars(tmp_path / "out"))
     report = pack_text(file, tmp_path / "out", 4)

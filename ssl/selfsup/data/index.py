@@ -215,7 +215,8 @@ def load_index(folder: str | Path) -> ShardIndex:
     if not path.is_file():
         fix = f"make it with: selfsup data index {folder}"
         if (folder / PLAN_NAME).is_file():
-            fix = "packing it was interrupted: call selfsup data pack again, as before"
+            again = f"if it is lost: selfsup data index {folder}"
+            fix = f"if packing was interrupted, call selfsup data pack again, as before; {again}"
         raise ValueError(f"{folder}: no {INDEX_NAME}; {fix}")
     try:
         with safe_open(path, framework="numpy") as file:
