@@ -6,11 +6,11 @@ import lzma
 import zlib
 from pathlib import Path
 
+from selfsup.data import tokenize
 from selfsup.data.index import ShardIndex
 from selfsup.data.pack import Sample, pack_samples
-from selfsup.data.tokenize import tokenize_shards
 from selfsup.data.tokenizer import Kind, load_tokenizer, train_tokenizer
-from selfsup.data.tokens import TokenIndex, open_tokens
+from selfsup.data.tokens import TokenIndex
 from selfsup.durable import write_atomically
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open, b"BZh": bz2.open}
@@ -72,12 +72,7 @@ def keep_tokenizer(texts: list[str], path: Path, kind: Kind, vocab_size: int) ->
 
 def keep_tokens(index: ShardIndex, tokenizer: Path, dest: Path) -> TokenIndex:
     """Token shards of text shards, or those of an earlier run. Raises ValueError where others are there."""
-    if dest.exists():
-        tokens = open_tokens(str(dest))
-        if tokens.source != index.fingerprint or tokens.tokenizer_sha256 != load_tokenizer(tokenizer).sha256:
-            raise ValueError(f"{dest}: holds tokens of other text or of another tokenizer; remove the folder")
-    else:
-        tokens = tokenize_shards(index, dest, tokenizer)
+    tokens = tokenize.keep_tokens(index, dest, tokenizer)
     left_out = f", {tokens.empty} without a token left out" if tokens.empty else ""
     per_token = tokens.bytes.sum() / tokens.tokens
     print(

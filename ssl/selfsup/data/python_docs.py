@@ -11,9 +11,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from selfsup.data.pack import PackReport, Sample, pack_samples
-from selfsup.data.tokenize import tokenize_shards, train_on_shards
+from selfsup.data.tokenize import keep_tokens, train_on_shards
 from selfsup.data.tokenizer import TOKENIZER_NAME, load_tokenizer
-from selfsup.data.tokens import TokenIndex, is_token_folder, open_tokens
+from selfsup.data.tokens import TokenIndex
 from selfsup.durable import write_atomically
 
 VOCAB_SIZE = 8192
@@ -111,11 +111,6 @@ def make_python_docs(dest: Path, processes: int = 1, library: Path | None = None
 
 
 def _tokens(report: PackReport, tokenizer: Path, processes: int) -> TokenIndex:
-    """Token shards beside the text shards: those that are there if they are the same."""
+    """Token shards beside the text shards."""
     texts = report.index
-    dest = texts.folder.with_name(f"{texts.folder.name}-tokens")
-    if dest.is_dir() and is_token_folder(dest):
-        index = open_tokens(str(dest))
-        if (index.source, index.tokenizer_sha256) == (texts.fingerprint, load_tokenizer(tokenizer).sha256):
-            return index
-    return tokenize_shards(texts, dest, tokenizer, processes)
+    return keep_tokens(texts, texts.folder.with_name(f"{texts.folder.name}-tokens"), tokenizer, processes)

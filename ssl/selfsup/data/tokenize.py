@@ -20,7 +20,14 @@ from selfsup.data.index import INDEX_NAME, ShardIndex, load_index
 from selfsup.data.reader import ShardReader
 from selfsup.data.shard import fork_or_spawn
 from selfsup.data.tokenizer import TOKENIZER_NAME, Kind, TextTokenizer, load_tokenizer, train_tokenizer
-from selfsup.data.tokens import TokenIndex, TokenShard, header_json, open_tokens, token_dtype
+from selfsup.data.tokens import (
+    TokenIndex,
+    TokenShard,
+    header_json,
+    is_token_folder,
+    open_tokens,
+    token_dtype,
+)
 from selfsup.durable import fsync_path, sha256, write_atomically
 
 TOKENS_PER_SHARD = 1 << 25
@@ -70,6 +77,19 @@ def tokenize_shards(
     found = load_tokenizer(path)
     documents = _encoded(index, path, found.sha256, processes)
     return write_tokens(documents, dest, found, index.classes, index.fingerprint, tokens_per_shard)
+
+
+def keep_tokens(index: ShardIndex, dest: Path, tokenizer: Path, processes: int = 1) -> TokenIndex:
+    """Token shards of text shards: those that are there if they are the same, else made by `tokenize_shards`.
+
+    Raises ValueError where `dest` holds tokens of other text or of another tokenizer, and as `tokenize_shards`.
+    """
+    if not (dest.is_dir() and is_token_folder(dest)):
+        return tokenize_shards(index, dest, tokenizer, processes)
+    tokens = open_tokens(str(dest))
+    if (tokens.source, tokens.tokenizer_sha256) != (index.fingerprint, load_tokenizer(tokenizer).sha256):
+        raise ValueError(f"{dest}: holds tokens of other text or of another tokenizer; remove the folder")
+    return tokens
 
 
 def _encoded(index: ShardIndex, tokenizer: Path, sha256: str, processes: int) -> Iterator[TokenDocument]:
