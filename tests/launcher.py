@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import faults
 import mutants
 from selfsup import dist, opening, start, train
 from selfsup.batch import TextBatch
@@ -27,7 +28,8 @@ from selfsup.train import main
 def instrument(options: dict) -> None:
     """options: trace (a path: one JSON line a micro-batch and rank), float64, mutant (a name in mutants.py),
     delay (seconds before each micro-batch: time to be killed in), averages (a path: one CRC32 of the averaged
-    weights a step and rank), kinds (a path: the types of the model and of its parameters, one file a rank)."""
+    weights a step and rank), kinds (a path: the types of the model and of its parameters, one file a rank),
+    fault (a name in faults.py and its arguments)."""
     torch.set_num_threads(1)
     if options.get("float64"):
         torch.set_default_dtype(torch.float64)
@@ -37,6 +39,9 @@ def instrument(options: dict) -> None:
         slow_down(options["delay"])
     if options.get("trace"):
         trace(Path(options["trace"]))
+    if options.get("fault"):
+        name, *arguments = options["fault"]
+        getattr(faults, name)(*arguments)
     if options.get("kinds"):
         trace_kinds(Path(options["kinds"]))
     if options.get("averages"):

@@ -8,7 +8,7 @@ import textwrap
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from selfsup import checkpoint, dist, lars, opening, saving, sharding, start, train
+from selfsup import checkpoint, dist, guard, lars, opening, saving, sharding, start, train
 from selfsup.data import text, views
 from selfsup.ema import Ema
 from selfsup.encoders.vit import ViT
@@ -120,6 +120,39 @@ def norms_of_parts() -> None:
     """LARS takes the norm of this process's part for that of the whole tensor."""
     original = lars.trust_ratios
     lars.trust_ratios = lambda weights, updates, trust_coefficient, split: original(weights, updates, trust_coefficient)
+
+
+def orphans() -> None:
+    """Ranks that do not learn of their launcher's death."""
+    train.follow_launcher = lambda: False
+
+
+def a_verdict_of_ones_own() -> None:
+    """Each rank judges its own loss, and skips alone."""
+    guard.Guard.refuses = lambda self, loss, norm: not bool(loss.isfinite() & norm.isfinite())
+
+
+def statistics_kept() -> None:
+    """A skipped step leaves batch norm's running statistics where its forward pass moved them."""
+    guard.Guard.remember = lambda self: None
+    original = guard.Guard.__init__
+
+    def init(self, *arguments):
+        original(self, *arguments)
+        self._moving = []
+
+    guard.Guard.__init__ = init
+
+
+def deaf_to_signals() -> None:
+    """A request to stop that comes before the loop is forgotten."""
+    original = train.steps
+
+    def steps(recipe, opened, stop):
+        stop.reason = ""
+        return original(recipe, opened, stop)
+
+    train.steps = steps
 
 
 def killed_opening_the_monitor() -> None:

@@ -64,15 +64,19 @@ class Pace:
             return {}
         told = [line.split(" ", 1) for line in dist.gather_texts(f"{mine} {platform.node()}")]
         seconds = [float(number) for number, _ in told]
-        slow = max(range(len(seconds)), key=seconds.__getitem__)
-        others = statistics.median(s for rank, s in enumerate(seconds) if rank != slow)
-        ratio = seconds[slow] / max(others, 1e-9)
-        is_slow = ratio > SLOW and seconds[slow] - others > _LEAST
-        if is_slow and slow != self._named and dist.rank() == 0:
+        rank, others, is_slow = slowest(seconds)
+        if is_slow and rank != self._named and dist.rank() == 0:
             print(
-                f"process {slow} on {told[slow][1]} is slow: its own part of a step takes {1e3 * seconds[slow]:.0f} ms, "
+                f"process {rank} on {told[rank][1]} is slow: its own part of a step takes {1e3 * seconds[rank]:.0f} ms, "
                 f"the others' {1e3 * others:.0f} ms; all wait for it",
                 flush=True,
             )
-        self._named = slow if is_slow else None
-        return {"slowest_rank": slow, "slowest_ratio": ratio}
+        self._named = rank if is_slow else None
+        return {"slowest_rank": rank, "slowest_ratio": seconds[rank] / max(others, 1e-9)}
+
+
+def slowest(seconds: list[float]) -> tuple[int, float, bool]:
+    """Of two processes or more: the slowest, the median of the others, and whether it is much slower than that."""
+    rank = max(range(len(seconds)), key=seconds.__getitem__)
+    others = statistics.median(seconds[:rank] + seconds[rank + 1 :])
+    return rank, others, seconds[rank] > SLOW * others and seconds[rank] - others > _LEAST
