@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ssl" / "selfsup"
 
 FLOORS = {
     "config": 0, "batch": 0, "dist": 0, "keyed": 0, "durable": 0, "memory": 0, "energy": 0,
-    "cost": 1,
+    "cost": 1, "runs": 2,
     "attention": 1, "data": 1,
     "layers": 2,
     "encoders": 3,
