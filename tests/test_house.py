@@ -29,9 +29,10 @@ FLOORS = {
     "run_folder": 8, "export": 8, "text": 8,
     "probe": 9, "look": 9, "doctor": 9,
     "start": 10,
-    "dry_run": 11,
-    "train": 12,
-    "cli": 13,
+    "estimate": 11, "headroom": 12,
+    "dry_run": 13,
+    "train": 14,
+    "cli": 15,
 }  # fmt: skip
 ONLY_IN = {
     "accelerate": {"start", "train", "checkpoint"},
