@@ -186,7 +186,9 @@ def part(**changes):
 
 def test_parts_add_up():
     """By hand: half an hour on 4 devices, then an hour on 2."""
-    cost = total([PART, part(seconds=3600.0, processes=2, flops=3e15, gpu_joules=1.8e6, device="A100", samples=50)])
+    cost = total(
+        [PART, part(seconds=3600.0, processes=2, flops=3e15, gpu_joules=1.8e6, device="A100", samples=50)]
+    )
     assert cost["wall_hours"] == 1.5 and cost["device_hours"] == 4 and cost["parts"] == 2
     assert cost["devices"] == {"H100": 2, "A100": 2} and cost["samples"] == 150
     assert cost["gpu_kwh"] == 1 and cost["cpu_kwh"] is None  # 3.6 MJ
@@ -208,7 +210,9 @@ def test_words():
     assert "energy unknown; " in cost.line(nothing) and cost.line(nothing).endswith("MFU unknown")
     both = total([part(cpu_joules=36e4), part(cpu_joules=36e4)])
     assert cost.energy_text(both) == "1 kWh GPUs, 0.2 kWh CPU packages" and " in 2 parts, " in cost.line(both)
-    assert cost.energy_text(total([part(gpu_joules=None, cpu_joules=0.0)])) == "0 kWh CPU packages, GPUs unknown"
+    assert (
+        cost.energy_text(total([part(gpu_joules=None, cpu_joules=0.0)])) == "0 kWh CPU packages, GPUs unknown"
+    )
 
 
 def test_a_run_that_is_killed_and_resumed(tmp_path):
@@ -222,7 +226,9 @@ def test_a_run_that_is_killed_and_resumed(tmp_path):
     meter.record(14, 224)
     advance(counters["first"], 999)  # then kill -9
     parts = json.loads((tmp_path / "cost.json").read_text())["parts"]
-    assert [(p["first_step"], p["step"], p["samples"], p["cpu_joules"]) for p in parts] == [(0, 14, 224, 1200)]
+    assert [(p["first_step"], p["step"], p["samples"], p["cpu_joules"]) for p in parts] == [
+        (0, 14, 224, 1200)
+    ]
 
     resumed = CostMeter(tmp_path, 4, CPU, flops_per_sample=5.0, powercap=powercap)
     resumed.record(10, 160)

@@ -26,13 +26,19 @@ def make_run(folder, steps=100, logged=(10, 20, 30), checkpoints=(20,), outcome=
     (folder / ".lock").touch()
     (folder / "config.yaml").write_text(f"objective:\n  name: {objective}\noptim:\n  steps: {steps}\n")
     (folder / "environment.json").write_text("{}")
-    lines = ({"step": step, "loss": 1 / step, **({"knn": step / 100} if step == 20 else {})} for step in logged)
+    lines = (
+        {"step": step, "loss": 1 / step, **({"knn": step / 100} if step == 20 else {})} for step in logged
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step in checkpoints:
         (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-        (folder / "checkpoints" / f"step-{step:08d}" / "config.yaml").write_text("a checkpoint's own, no run's")
+        (folder / "checkpoints" / f"step-{step:08d}" / "config.yaml").write_text(
+            "a checkpoint's own, no run's"
+        )
     if outcome is not None:
-        (folder / "outcome.json").write_text(json.dumps({"state": outcome, "step": steps, "collapsed_at": None}))
+        (folder / "outcome.json").write_text(
+            json.dumps({"state": outcome, "step": steps, "collapsed_at": None})
+        )
     return folder
 
 
@@ -78,7 +84,9 @@ def test_running_and_killed(tmp_path):
     process = hold(folder)
     try:
         assert held(folder / ".lock") and one(tmp_path).state == "running"
-        (folder / "outcome.json").write_text('{"state": "interrupted", "step": 20}')  # resumed: the lock tells
+        (folder / "outcome.json").write_text(
+            '{"state": "interrupted", "step": 20}'
+        )  # resumed: the lock tells
         assert one(tmp_path).state == "running"
         (folder / "outcome.json").unlink()
     finally:
@@ -126,7 +134,9 @@ def test_before_the_first_line(tmp_path):
 
 
 def result(**scores):
-    data = {part: {"fingerprint": "f", "shards": "s", "samples": 3, "classes": 2} for part in ("train", "test")}
+    data = {
+        part: {"fingerprint": "f", "shards": "s", "samples": 3, "classes": 2} for part in ("train", "test")
+    }
     pretrained = {name: Score((value,)) for name, value in scores.items()}
     every = {"pixels": {"logreg": Score((0.99,))}, "pretrained": pretrained}
     return ProbeResult("frozen", "fast", every, "runs", {}, ({"name": "x"},), {}, data, {}, 1.0)
@@ -256,7 +266,7 @@ def test_a_read_only_folder(tmp_path):
         for path in [tmp_path, *tmp_path.rglob("*")]:
             path.chmod(0o755)
     source = Path(runs.__file__).read_text()
-    assert re.findall(r'\.open\((.*?)\)', source) == ['"rb"']
+    assert re.findall(r"\.open\((.*?)\)", source) == ['"rb"']
 
 
 def test_a_run_of_the_loop_itself(tmp_path):

@@ -131,7 +131,11 @@ def tiny(recipe: Recipe) -> Recipe:
         small["encoder"] = {"embed_dim": 32, "depth": 1, "num_heads": 2, "vocab_size": 64, "max_length": 16}
     else:
         vit = recipe.encoder.name == "vit"
-        small["encoder"] = {"embed_dim": 32, "depth": 1, "num_heads": 2} if vit else {"model": "test_resnet", "stem": "default"}
+        small["encoder"] = (
+            {"embed_dim": 32, "depth": 1, "num_heads": 2}
+            if vit
+            else {"model": "test_resnet", "stem": "default"}
+        )
         small["encoder"]["img_size"] = 32
         small["objective"] = {"decoder_embed_dim": 32} if vit else {"hidden_dim": 32}
     return validate(Recipe, merge(recipe.model_dump(mode="json"), small))
@@ -143,7 +147,9 @@ def allocator_peak(recipe: Recipe) -> int:
         torch.cuda.reset_peak_memory_stats()
         train_two_steps(recipe)
         return torch.cuda.max_memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         train_two_steps(recipe)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
@@ -176,8 +182,12 @@ def measured(content: dict[str, Any], how: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models whose name holds one of these; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="models whose name holds one of these; default: all"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -192,7 +202,12 @@ def main() -> None:
         if options.names and not any(part in name for part in options.names):
             continue
         estimated = estimate(recipe_of(content), device=device)
-        row = {"model": name, "state": estimated.state, "activations": estimated.activations, "peak": estimated.peak}
+        row = {
+            "model": name,
+            "state": estimated.state,
+            "activations": estimated.activations,
+            "peak": estimated.peak,
+        }
         row |= {way: measured(content, way) for way in ways}
         rows.append(row)
         shown = (f"{way} {row[way] / MIB:.0f} MiB ({estimated.peak / row[way] - 1:+.1%})" for way in ways)

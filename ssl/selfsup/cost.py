@@ -85,7 +85,9 @@ def read_parts(path: Path) -> list[Part]:
         content = json.loads(path.read_text())["parts"]
         return [Part(**{field.name: part[field.name] for field in fields(Part)}) for part in content]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged: expected the parts of a run, got {error!r}; move it away") from None
+        raise ValueError(
+            f"{path}: damaged: expected the parts of a run, got {error!r}; move it away"
+        ) from None
 
 
 def energy_text(cost: dict[str, Any]) -> str:
@@ -148,7 +150,9 @@ class CostMeter:
         """
         first_step, first_sample = self._start = self._start or (step, samples)
         found = self.reading()
-        sums = dist.sum_over_ranks(*(value or 0.0 for value in found), *(float(value is None) for value in found))
+        sums = dist.sum_over_ranks(
+            *(value or 0.0 for value in found), *(float(value is None) for value in found)
+        )
         gpu, cpu = (joules if not missing else None for joules, missing in zip(sums[:2], sums[2:]))
         self._part = Part(
             started=self._started,

@@ -42,27 +42,37 @@ def dry_run(recipe: Recipe, weights: Path | None = None) -> None:
     unbound = recipe.model_copy(update={"run": recipe.run.model_copy(update={"expect_processes": None})})
     device = start.accelerator(unbound if launched == 1 else recipe).device
     plan = start.batch_plan(recipe) if world == launched else plan_of(recipe, world)
-    data = start.open_data(recipe)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if device.type == "cpu" else 1
-    limit = limit_of(device, here)
     with torch.device("meta"):
         objective = start.build_objective(recipe, torch.device("meta"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if device.type == "cpu" else 1
+    limit = limit_of(device, here)
     start.say(dump_yaml(recipe))
-    _describe(recipe, plan, data, objective, device)
-    start.say(*([f"memory     cannot be estimated: {unknown}"] if memory is None else _account(memory, limit)))
-    tight = dist.sum_over_ranks(*(float(m is not None and not limit.fits(m)) for m in (memory, whole)))
-    if tight[1]:
-        start.say("no micro-batch was taken through: one process alone would run out of memory")
-    else:
-        loss = _one_micro_batch(recipe, plan, data, device, weights)
-        start.say(f"one micro-batch of {plan.micro_batch} samples went through: loss {loss:.4f}.")
-    if tight[0] and dist.rank() == 0:
+    # Memory before data: a recipe can be weighed where its shards are not.
+    start.say(
+        *([f"memory     cannot be estimated: {unknown}"] if memory is None else _account(memory, limit))
+    )
+    tight, whole_tight = dist.sum_over_ranks(
+        *(float(each is not None and not limit.fits(each)) for each in (memory, whole))
+    )
+    if tight and dist.rank() == 0:
         _advise(way, limit)
-    start.say("Nothing was written.")
+    data = start.open_data(recipe)
+    _describe(recipe, plan, data, objective, device)
+    if whole_tight:
+        start.say("no micro-batch was taken through: it would run out of memory. Nothing was written.")
+        return
+    loss = _one_micro_batch(recipe, plan, data, device, weights)
+    start.say(
+        f"one micro-batch of {plan.micro_batch} samples went through: loss {loss:.4f}. Nothing was written."
+    )
 
 
 def _describe(
-    recipe: Recipe, plan: BatchPlan, data: ShardIndex | Rows | None, objective: Objective, device: torch.device
+    recipe: Recipe,
+    plan: BatchPlan,
+    data: ShardIndex | Rows | None,
+    objective: Objective,
+    device: torch.device,
 ) -> None:
     """objective: on the meta device."""
     state = TrainState(objective, build_optimizer(recipe.optim, objective), None, recipe, 0, 0, {})
@@ -74,7 +84,11 @@ def _describe(
 
 
 def _account(memory: Memory, limit: Limit) -> list[str]:
-    parallel = f" + {memory.parallel / MIB:.0f} MiB of DDP's buckets or FSDP2's gathered blocks" if memory.parallel else ""
+    parallel = (
+        f" + {memory.parallel / MIB:.0f} MiB of DDP's buckets or FSDP2's gathered blocks"
+        if memory.parallel
+        else ""
+    )
     average = " and average" if memory.average else ""
     verdict = "fits" if limit.fits(memory) else "DOES NOT FIT"
     return [
@@ -108,7 +122,9 @@ def _one_micro_batch(
     batch = recipe.data.to(next(batches), device)
     batches.close()
     if not batch.targets:
-        raise ValueError("nothing to predict in a micro-batch, its documents are empty; raise optim.batch_size")
+        raise ValueError(
+            "nothing to predict in a micro-batch, its documents are empty; raise optim.batch_size"
+        )
     dtype = TYPES[recipe.precision.mixed]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = objective(batch, float(batch.targets)).loss

@@ -2,9 +2,10 @@
 
 The recipe's own modules, loss, optimizer and averages run under torch's FakeTensorMode, where a tensor has a
 shape and no data, and every storage that an operation makes is followed from birth to death. So kernels,
-number formats and activation checkpointing count as they are, without a formula for any of them. Not seen:
-what a kernel takes inside itself (workspaces, tiles), what Python and its libraries take, and what an allocator
-holds and does not use. A compiled step (run.compile) is estimated as if it were not, and needs less.
+number formats and activation checkpointing count as they are, without a formula for any of them; of FSDP2 alone
+the shards are worked out by arithmetic. Not seen: what a kernel takes inside itself (workspaces, tiles), what
+Python and its libraries take, what an allocator holds and does not use, loader workers, the online monitor and
+pictures, and the copy that a save makes. A compiled step (run.compile) is estimated as if it were not.
 """
 
 import functools
@@ -38,6 +39,7 @@ from selfsup.optim import build_optimizer
 from selfsup.recipe import Recipe
 
 Batch = ImageBatch | ViewBatch | TextBatch
+CPU = torch.device("cpu")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -120,9 +122,7 @@ class Storages(TorchDispatchMode):
         return values
 
 
-def estimate(
-    recipe: Recipe, world: int = 1, fsdp: bool = False, device: torch.device = torch.device("cpu")
-) -> Memory:
+def estimate(recipe: Recipe, world: int = 1, fsdp: bool = False, device: torch.device = CPU) -> Memory:
     """The memory of a step of the recipe on one of `world` processes.
 
     fsdp: weights, gradients, optimizer state and averages cut into `world` shards (FSDP2), the blocks gathered
@@ -152,7 +152,9 @@ def estimate(
     shards = [-(-size // world) for size in sizes]
     passing = storages.curve(without=state | storages.casts)
     gathered = _gathered(objective, TYPES[recipe.precision.mixed].itemsize)
-    return Memory(*shards, gathered, passing[step.forward], max(passing[step.began :]) + sum(shards) + gathered)
+    return Memory(
+        *shards, gathered, passing[step.forward], max(passing[step.began :]) + sum(shards) + gathered
+    )
 
 
 class _Step(NamedTuple):
@@ -225,7 +227,9 @@ def _materialise(objective: Objective, recipe: Recipe, device: torch.device) -> 
                     continue
                 if id(old) not in known:
                     new = torch.empty(old.shape, dtype=old.dtype, device=device)
-                    known[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                    known[id(old)] = (
+                        nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                    )
                 tensors[name] = known[id(old)]
         if isinstance(module, Block):
             module.checkpoint = recipe.run.activation_checkpointing
@@ -252,7 +256,12 @@ def _batch(recipe: Recipe, size: int, device: torch.device) -> Batch:
     def integers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64, device=device)
 
-    keys: dict[str, Any] = {"seed": 0, "epoch": integers(size), "position": integers(size), "index": integers(size)}
+    keys: dict[str, Any] = {
+        "seed": 0,
+        "epoch": integers(size),
+        "position": integers(size),
+        "index": integers(size),
+    }
     encoder, data = recipe.encoder, recipe.data
     if not isinstance(encoder, TextConfig):
         images = [

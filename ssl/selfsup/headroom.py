@@ -60,7 +60,9 @@ def cgroup_room(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
         if controllers and not old:
             continue
         top = root / "memory" if old else root
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+        )
         below = Path(path.lstrip("/"))
         for group in (top / below, *(top / parent for parent in below.parents), top):
             rooms.append(_room(group, *names))

@@ -85,7 +85,15 @@ def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
 def read_run(folder: Path, name: str) -> Run:
     """What one run folder tells. Whatever is damaged in it is among the run's problems; the rest is read."""
     run = Run(name, "died")
-    for read in (_read_config, _read_metrics, _read_outcome, _read_lock, _read_probes, _read_cost, _read_times):
+    for read in (
+        _read_config,
+        _read_metrics,
+        _read_outcome,
+        _read_lock,
+        _read_probes,
+        _read_cost,
+        _read_times,
+    ):
         try:
             read(folder, run)
         except OSError as error:
@@ -169,7 +177,15 @@ def _read_cost(folder: Path, run: Run) -> None:
 
 
 def _read_times(folder: Path, run: Run) -> None:
-    names = ("config.yaml", "environment.json", "metrics.jsonl", "outcome.json", "checkpoints", "probe", cost.COST_FILE)
+    names = (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "outcome.json",
+        "checkpoints",
+        "probe",
+        cost.COST_FILE,
+    )
     found = [(folder / name).stat().st_mtime for name in names if (folder / name).exists()]
     run.written = max(found, default=folder.stat().st_mtime)
 
@@ -248,7 +264,9 @@ def main_runs(
     """
     runs, closed = find_runs(folder)
     if json_file is not None:
-        text = json.dumps({"folder": str(folder), "runs": [asdict(run) for run in runs], "closed": closed}, indent=1)
+        text = json.dumps(
+            {"folder": str(folder), "runs": [asdict(run) for run in runs], "closed": closed}, indent=1
+        )
         if json_file == "-":
             print(text)
             return
