@@ -50,8 +50,10 @@ def machine(folder):
 
 
 def advance(counter, joules, wraps_at=RANGE):
-    """As the hardware does it: modulo its range."""
-    counter.write_text(str((int(counter.read_text()) + round(joules * 1e6)) % wraps_at))
+    """As the hardware does it: modulo its range, and never half-written."""
+    fresh = counter.with_name("fresh")
+    fresh.write_text(str((int(counter.read_text()) + round(joules * 1e6)) % wraps_at))
+    fresh.replace(counter)
 
 
 def test_packages_are_counted_once(tmp_path):

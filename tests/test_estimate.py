@@ -1,6 +1,7 @@
 """The memory of a step from shapes alone: against what real steps take, and planted omissions; what would make it fit."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +31,17 @@ def recipe_of(content):
     return validate(Recipe, {**content, "data": data, "run": run})
 
 
-def measured(content):
-    """Two real steps in a process of their own; the most bytes that torch's allocator had out at once."""
-    command = [sys.executable, str(TOOL), "--measure", "allocator", json.dumps(content)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def measured(content, ranks=1):
+    """Two real steps in processes of their own; the most bytes that torch's allocator had out at once, in one."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [str(TOOL), "--measure", "allocator", json.dumps(content)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *(launcher if ranks > 1 else []), *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
 
@@ -121,6 +129,15 @@ def test_planted_omissions_are_caught(monkeypatch, content, bugs):
         with monkeypatch.context() as patch:
             bug(patch)
             assert estimate.estimate(recipe).peak != pytest.approx(truth, rel=0.2), bug.__name__
+
+
+@pytest.mark.slow
+def test_two_real_processes_hold_ddp_s_buckets():
+    """Without them the estimate would be a fifth short."""
+    content = {**HEAVY, "optim": {"batch_size": 8}}
+    truth, found = measured(content, ranks=2), estimate.estimate(recipe_of(content), 2)
+    assert found.peak == pytest.approx(truth, rel=0.1)
+    assert found.peak - found.parallel != pytest.approx(truth, rel=0.2)
 
 
 def test_state_by_hand():
@@ -326,5 +343,5 @@ def test_three_models_on_a_gpu(name):
 
 def test_the_verdict():
     memory = Memory(0, 0, 0, 0, 0, 0, peak=10 * GIB)
-    assert Limit(None, "").fits(memory) and Limit(12 * GIB, "").fits(memory)
-    assert not Limit(11 * GIB, "").fits(memory)  # ROOM and LIBRARIES
+    assert Limit(None, "").fits(memory) and Limit(13 * GIB, "").fits(memory)
+    assert not Limit(12 * GIB, "").fits(memory)  # ROOM and LIBRARIES
