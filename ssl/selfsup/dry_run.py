@@ -11,6 +11,7 @@ from selfsup.config import dump_yaml
 from selfsup.data.index import ShardIndex
 from selfsup.data.order import BatchPlan
 from selfsup.data.rows import Rows
+from selfsup.encoders import has_batch_norm
 from selfsup.estimate import TYPES, CannotEstimate, Memory, plan_of
 from selfsup.headroom import GIB, Limit, Way, limit_of, remedies
 from selfsup.objectives.base import Objective
@@ -55,7 +56,7 @@ def dry_run(recipe: Recipe, weights: Path | None = None) -> None:
         *(float(each is not None and not limit.fits(each)) for each in (memory, whole))
     )
     if tight and dist.rank() == 0:
-        _advise(way, limit)
+        _advise(way, limit, has_batch_norm(objective))
     data = start.open_data(recipe)
     _describe(recipe, plan, data, objective, device)
     if whole_tight:
@@ -98,12 +99,16 @@ def _account(memory: Memory, limit: Limit) -> list[str]:
     ]
 
 
-def _advise(way: Way, limit: Limit) -> None:
+def _advise(way: Way, limit: Limit, batch_norm: bool) -> None:
     start.say("what would make it fit, each estimated again (peak per process):")
     found = remedies(way, limit)
     start.say(*(f"  {remedy.words}: {remedy.memory.peak / GIB:.2f} GiB" for remedy in found))
     if not found:
         start.say("  nothing that this recipe has a key for: take a smaller model or a larger device")
+    if batch_norm and any("--run.micro-batch" in remedy.words for remedy in found):
+        start.say(
+            "  with batch norm another run.micro_batch gives another gradient: its statistics are of one"
+        )
 
 
 def _one_micro_batch(
