@@ -57,7 +57,7 @@ class Memory(NamedTuple):
     average: int
     """Of optim.ema."""
     parallel: int
-    """DDP's buckets; FSDP2's gathered weights and whole gradients of the blocks at work."""
+    """DDP's buckets; FSDP2's gathered weights, autocast's copies of them, and whole gradients."""
     activations: int
     """Held at the end of a micro-batch's forward pass for the backward pass: inputs and cast weights too."""
     peak: int
@@ -126,7 +126,7 @@ def estimate(recipe: Recipe, world: int = 1, fsdp: bool = False, device: torch.d
     """The memory of a step of the recipe on one of `world` processes.
 
     fsdp: weights, gradients, optimizer state and averages cut into `world` shards (FSDP2), the blocks gathered
-    one by one in the compute type, one fetched ahead. Batch norm and contrastive losses are taken as those of
+    one by one, one fetched ahead. Batch norm and contrastive losses are taken as those of
     one process. Raises ValueError for what the recipe's objective or a plan of `world` processes refuses,
     CannotEstimate for a model whose course depends on numbers.
     """
@@ -151,7 +151,10 @@ def estimate(recipe: Recipe, world: int = 1, fsdp: bool = False, device: torch.d
         return Memory(*sizes, buckets, passing[step.forward], max(whole[step.began :]) + buckets)
     shards = [-(-size // world) for size in sizes]
     passing = storages.curve(without=state | storages.casts)
-    gathered = _gathered(objective, TYPES[recipe.precision.mixed].itemsize)
+    gathered, gradient = _gathered(objective)
+    # gloo's sums lag behind the backward pass, up to all whole gradients; on CUDA each waits for the one before.
+    # Autocast's copies of weights live until their block's backward pass, so the two take turns.
+    gathered += max(storages.sizes(storages.casts), sizes[1] if device.type == "cpu" else gradient)
     return Memory(
         *shards, gathered, passing[step.forward], max(passing[step.began :]) + sum(shards) + gathered
     )
@@ -290,10 +293,10 @@ def _batch(recipe: Recipe, size: int, device: torch.device) -> Batch:
     )
 
 
-def _gathered(objective: Objective, itemsize: int) -> int:
-    """FSDP2's whole weights at once: what lies in no block, and two blocks, the second fetched ahead, in the
-    compute type; and the whole gradient of the largest, in float32."""
+def _gathered(objective: Objective) -> tuple[int, int]:
+    """FSDP2's whole weights at once, float32: what lies in no block, and two blocks, the second fetched ahead; and
+    the largest whole gradient."""
     blocks = [sum(p.numel() for p in m.parameters()) for m in objective.modules() if isinstance(m, Block)]
     rest = sum(p.numel() for p in objective.parameters()) - sum(blocks)
     largest = max(blocks, default=0)
-    return itemsize * (rest + 2 * largest) + 4 * max(largest, rest)
+    return 4 * (rest + 2 * largest), 4 * max(largest, rest)
