@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ssl" / "selfsup"
 
 FLOORS = {
-    "config": 0, "batch": 0, "dist": 0, "keyed": 0, "durable": 0, "memory": 0, "pace": 1,
+    "config": 0, "batch": 0, "dist": 0, "keyed": 0, "durable": 0, "memory": 0, "energy": 0,
+    "pace": 1, "cost": 1, "runs": 2,
     "attention": 1, "data": 1,
     "layers": 2,
     "encoders": 3, "sharding": 3,
@@ -29,10 +30,11 @@ FLOORS = {
     "probe": 9, "look": 9, "doctor": 9,
     "stop": 9, "watchdog": 9, "parallel": 9,
     "start": 10,
-    "dry_run": 11,
+    "estimate": 11, "headroom": 12,
     "guard": 11, "opening": 11,
-    "train": 12,
-    "cli": 13,
+    "dry_run": 13,
+    "train": 14,
+    "cli": 15,
 }  # fmt: skip
 ONLY_IN = {
     "accelerate": {"start", "parallel", "opening", "train", "guard"},

@@ -10,6 +10,7 @@ USAGE = """\
 usage: selfsup COMMAND ...
 
   train CONFIG [--key value ...]     pretrain; --resume DIR, --init-from DIR, --dry-run
+  runs [FOLDER]                      the runs under a folder: state, step, loss, probe, time, cost; --json FILE
   probe RUN [RUN ...]                score frozen features: weighted kNN and logistic regression
   probe linear RUN [RUN ...]         MAE's linear probe; --mode paper augments, --seeds 0 1 2
   probe attentive RUN [RUN ...]      an attentive probe of the patch tokens
@@ -51,6 +52,10 @@ def main() -> int:
                 from selfsup.train import main as train
 
                 return train(rest)
+            case ["runs", *rest]:
+                from selfsup.runs import main_runs
+
+                return _call(main_runs, "selfsup runs", rest)
             case ["probe", "representation", *rest]:
                 from selfsup.probe.describe import main_representation
 

@@ -148,7 +148,7 @@ def together(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         result = action(*args, **kwargs)
     except (ValueError, OSError) as error:
         fault = error
-    raise_together(fault, sum_over_ranks(fault is not None)[0])
+    raise_together(fault, sum_over_ranks(float(fault is not None))[0])
     return typing.cast(T, result)
 
 

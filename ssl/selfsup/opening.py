@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from selfsup import checkpoint, dist, parallel, run_folder, start
+from selfsup import checkpoint, dist, flops, parallel, run_folder, start
 from selfsup.batch import ImageBatch, TextBatch
 from selfsup.checkpoint import TrainState
+from selfsup.cost import CostMeter
 from selfsup.data.index import ShardIndex
 from selfsup.data.order import BatchPlan
 from selfsup.data.rows import Rows
@@ -39,9 +40,12 @@ class Opened(NamedTuple):
     batches: Generator[ImageBatch | ViewBatch | TextBatch, None, None]
     saver: Saver
     log: MetricsLog | None
-    """On the first process only, as the next two."""
+    """On the first process only, as monitor and lock."""
     monitor: OnlineMonitor | None
     lock: TextIO | None
+    meter: CostMeter
+    peak: float | None
+    """FLOP/s of one device, None where unknown."""
 
 
 def open_run(recipe: Recipe, resume: Path | None, weights: Path | None) -> Opened:
@@ -65,6 +69,8 @@ def open_run(recipe: Recipe, resume: Path | None, weights: Path | None) -> Opene
 
     run_dir = Path(recipe.run.dir)
     lock = dist.on_first_rank(run_folder.claim, run_dir, resume is not None)
+    peak = flops.peak(accelerator.device, recipe.precision.mixed)
+    meter = CostMeter(run_dir, plan.world, accelerator.device, objective.flops_per_sample(), peak)
     dist.on_first_rank(set_aside_later, run_dir, state.step)
     saver = Saver(run_dir, recipe.run.keep_checkpoints, recipe.run.background_checkpoints)
     if weights is not None:
@@ -84,6 +90,7 @@ def open_run(recipe: Recipe, resume: Path | None, weights: Path | None) -> Opene
             f"monitor    off: run.monitor_every {recipe.run.monitor_every} is beyond the last step {recipe.optim.steps}"
         )
     model, stepper = parallel.wrap(accelerator, objective, optimizer)
+    meter.record(state.step, state.samples)
     return Opened(
-        accelerator, plan, data, objective, model, stepper, state, batches, saver, log, monitor, lock
+        accelerator, plan, data, objective, model, stepper, state, batches, saver, log, monitor, lock, meter, peak
     )

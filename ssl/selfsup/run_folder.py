@@ -92,13 +92,26 @@ State = Literal["finished", "interrupted", "failed", "stalled"]
 
 
 def write_outcome(
-    run_dir: Path, state: State, step: int, collapsed_at: int | None = None, reason: str = "", skipped: int = 0
+    run_dir: Path,
+    state: State,
+    step: int,
+    collapsed_at: int | None = None,
+    reason: str = "",
+    skipped: int = 0,
+    cost: dict[str, Any] | None = None,
 ) -> None:
     """outcome.json: how the run ended, since a launcher's exit code does not tell.
 
     state: `interrupted` saved and can be resumed; `failed` and `stalled` cannot go on without somebody's care.
     reason: one line for people. skipped: steps left out because they were not finite. collapsed_at: the step from
-    which on the online monitor found the features collapsed, if it did.
+    which on the online monitor found the features collapsed, if it did. cost: see cost.total.
     """
-    content = {"state": state, "step": step, "reason": reason, "skipped": skipped, "collapsed_at": collapsed_at}
+    content = {
+        "state": state,
+        "step": step,
+        "reason": reason,
+        "skipped": skipped,
+        "collapsed_at": collapsed_at,
+        "cost": cost,
+    }
     write_atomically(run_dir / "outcome.json", json.dumps(content).encode())

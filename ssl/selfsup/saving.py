@@ -179,7 +179,7 @@ def _alone(taken: Snapshot, group: ProcessGroup | None, action: Any, *arguments:
             action(*arguments)
         except OSError as error:
             fault = error
-    dist.raise_together(fault, dist.sum_over_ranks(fault is not None, group=group)[0])
+    dist.raise_together(fault, dist.sum_over_ranks(float(fault is not None), group=group)[0])
 
 
 def _open(tmp: Path, taken: Snapshot) -> None:

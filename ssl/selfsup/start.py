@@ -134,11 +134,15 @@ def monitored(recipe: Recipe) -> bool:
     return 0 < recipe.run.monitor_every <= recipe.optim.steps
 
 
-def batch_plan(recipe: Recipe) -> BatchPlan:
-    """How the global batch is sliced over processes and micro-batches."""
-    world, size = dist.world_size(), recipe.optim.batch_size
+def batch_plan(recipe: Recipe, world: int | None = None) -> BatchPlan:
+    """How the global batch is sliced over processes and micro-batches; world: other processes than these.
+
+    Raises ValueError where it does not divide, or where the objective cannot be cut so.
+    """
+    size, rank = recipe.optim.batch_size, dist.rank() if world is None else 0
+    world = world or dist.world_size()
     micro = recipe.run.micro_batch or max(1, size // world)
-    plan = BatchPlan(global_batch=size, micro_batch=micro, rank=dist.rank(), world=world)
+    plan = BatchPlan(global_batch=size, micro_batch=micro, rank=rank, world=world)
     if plan.accumulation > 1 and not recipe.objective.accumulates:
         raise ValueError(
             f"run.micro_batch: {recipe.objective.name} contrasts all images of a batch, and each of "

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from selfsup import checkpoint, dist, flops, parallel, run_folder, start
+from selfsup import checkpoint, cost, dist, parallel, run_folder, start
 from selfsup.checkpoint import TrainState
 from selfsup.config import parse_overrides
 from selfsup.dry_run import dry_run
@@ -47,6 +47,7 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         if saver.step != state.step:  # interrupted between two checkpoints
             saver.save(state)
         saver.close()
+        opened.meter.record(state.step, state.samples)
     except (ValueError, OSError) as error:
         if lock is not None:
             run_folder.write_outcome(run_dir, "failed", saver.step or 0, reason=str(error))
@@ -57,12 +58,14 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     if log is not None:
         log.close()
         collapsed_at = log.collapsed_at
-    dist.on_first_rank(
-        run_folder.write_outcome, run_dir, outcome, state.step, collapsed_at, stop.reason, state.skipped
-    )
+    ending = (outcome, state.step, collapsed_at, stop.reason, state.skipped, opened.meter.summary())
+    dist.on_first_rank(run_folder.write_outcome, run_dir, *ending)
     collapsed = "" if collapsed_at is None else f", COLLAPSED since step {collapsed_at}"
     skipped = f", {state.skipped} steps skipped" if state.skipped else ""
-    start.say(f"{outcome} at step {state.step} of {recipe.optim.steps}{skipped}{collapsed}: {run_dir}")
+    start.say(
+        cost.line(opened.meter.summary()),
+        f"{outcome} at step {state.step} of {recipe.optim.steps}{skipped}{collapsed}: {run_dir}",
+    )
     if lock is not None:
         lock.close()
     return outcome
@@ -70,10 +73,9 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
 
 def steps(recipe: Recipe, opened: Opened, stop: StopRequest) -> TrainState:
     """The loop: from the opened state to the last step, or to the one before which somebody asked to stop."""
-    accelerator, plan, data, objective, model, stepper, state, batches, saver, log, monitor, _ = opened
+    accelerator, plan, data, objective, model, stepper, state, batches, saver, log, monitor, _, meter, peak = opened
     run_dir, run, optim, optimizer = Path(recipe.run.dir), recipe.run, recipe.optim, state.optimizer
     clock, pace = StepClock(), Pace(accelerator.device)
-    peak = flops.peak(accelerator.device, recipe.precision.mixed)
     guard = Guard(objective, run_dir, run.skip_budget, state.skipped, accelerator.scaler is not None)
     profiler = start.profiler(recipe, state.step)
     watchdog = Watchdog(run.stall_minutes, dist.rank(), lambda seconds: run_folder.write_outcome(
@@ -96,7 +98,9 @@ def steps(recipe: Recipe, opened: Opened, stop: StopRequest) -> TrainState:
 
         # One sum over ranks per step: the number of loss terms, whether to stop, whether a rank failed.
         targets = sum(b.targets for b in micro_batches)
-        total, stopping, faults = dist.sum_over_ranks(targets, stop.requested, fault is not None)
+        total, stopping, faults = dist.sum_over_ranks(
+            float(targets), float(stop.requested), float(fault is not None)
+        )
         dist.raise_together(fault, faults)
         if not total:
             raise ValueError(
@@ -172,6 +176,7 @@ def steps(recipe: Recipe, opened: Opened, stop: StopRequest) -> TrainState:
         if (done % run.checkpoint_every == 0 and not refused) or done == optim.steps:
             watchdog.beat()
             saver.save(state)
+            meter.record(done, state.samples)
         if log is not None:
             log.advance()
 
