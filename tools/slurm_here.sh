@@ -85,6 +85,10 @@ is_running() { # $1: munged, slurmctld or slurmd of this folder
     pid="$(cat "$folder/$1.pid" 2>/dev/null)" && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$1" ]
 }
 
+is_alive() { # a zombie is not, whenever its parent looks
+    [[ "$(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null)" =~ ^[^ZX] ]]
+}
+
 start() {
     [ "$(id -u)" = 0 ] || fail "must be root: slurmd starts jobs as their owner"
     mkdir -p "$folder"/{state,spool}
@@ -129,15 +133,16 @@ stop() {
             sleep 0.2
         done
     fi
+    local daemon pid
     for daemon in slurmctld slurmd munged; do
-        if is_running "$daemon"; then
-            kill "$(cat "$folder/$daemon.pid")"
-            for _ in $(seq 100); do
-                is_running "$daemon" || break
-                sleep 0.1
-            done
-            ! is_running "$daemon" || fail "$daemon does not end"
-        fi
+        is_running "$daemon" || continue
+        pid="$(cat "$folder/$daemon.pid")"
+        kill "$pid"
+        for _ in $(seq 100); do
+            is_alive "$pid" || break
+            sleep 0.1
+        done
+        ! is_alive "$pid" || fail "$daemon does not end"
     done
     echo "SLURM in $folder is down"
 }
