@@ -30,7 +30,9 @@ FLOORS = {
     "start": 10,
     "dry_run": 11,
     "train": 12,
-    "cli": 13,
+    "carry_on": 13,
+    "launch": 14,
+    "cli": 15,
 }  # fmt: skip
 ONLY_IN = {
     "accelerate": {"start", "train", "checkpoint"},

@@ -38,6 +38,5 @@ if __name__ == "__main__":
     instrument(options)
     if "slow" in options:
         hold_back(Path(options["slow"]), options["seconds"])
-    assert sys.argv[1] == "-m"
-    del sys.argv[:2]
+    del sys.argv[: sys.argv.index("-m") + 1]  # torchrun puts -u before it
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
