@@ -7,7 +7,7 @@ import textwrap
 
 import torch
 
-from selfsup import checkpoint, dist, start, train
+from selfsup import checkpoint, dist, opening, saving, start, train
 from selfsup.data import text, views
 from selfsup.ema import Ema
 from selfsup.encoders.vit import ViT
@@ -63,12 +63,12 @@ def schedule_per_process() -> None:
 
 def counting_in_workers() -> None:
     """The cursor saved is how far the loader has read ahead, not what the optimizer has seen."""
-    original = checkpoint.save_checkpoint
+    original = saving.snapshot
 
-    def save_checkpoint(run_dir, state):
-        return original(run_dir, state._replace(samples=state.samples + 2 * state.recipe.optim.batch_size))
+    def snapshot(state, copy):
+        return original(state._replace(samples=state.samples + 2 * state.recipe.optim.batch_size), copy)
 
-    checkpoint.save_checkpoint = save_checkpoint
+    saving.snapshot = snapshot
 
 
 def random_augmentation() -> None:
@@ -99,7 +99,7 @@ def reordered_buckets() -> None:
 
 def killed_opening_the_monitor() -> None:
     """The process dies while the online monitor decodes its images."""
-    train.open_monitor = lambda *arguments: os._exit(9)
+    opening.open_monitor = lambda *arguments: os._exit(9)
 
 
 def average_per_micro_batch() -> None:

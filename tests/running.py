@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from selfsup.checkpoint import TrainState, save_checkpoint
+from selfsup.checkpoint import TrainState
 from selfsup.config import validate
 from selfsup.data.pack import pack_arrays
 from selfsup.ema import Ema
 from selfsup.optim import build_optimizer
 from selfsup.recipe import Recipe
+from selfsup.saving import save_checkpoint
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -15,11 +15,12 @@ import torch
 
 import joint
 from running import state_of
-from selfsup import checkpoint
-from selfsup.checkpoint import TrainState, find_checkpoint, init_from, load_encoder, restore, save_checkpoint
+from selfsup import checkpoint, saving
+from selfsup.checkpoint import TrainState, find_checkpoint, init_from, load_encoder, restore
 from selfsup.config import validate
 from selfsup.ema import Ema
 from selfsup.recipe import Recipe
+from selfsup.saving import save_checkpoint
 
 CONTENT = {
     "objective": {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
@@ -191,7 +192,7 @@ def test_weights_that_are_not_finite_are_not_saved(recipe, tmp_path):
 def test_resuming_an_older_checkpoint_sets_later_ones_aside(recipe, tmp_path, capsys):
     for steps in (1, 2):
         save_checkpoint(tmp_path, state_of(recipe, 0, steps))
-    checkpoint.set_aside_later(tmp_path, 1)
+    saving.set_aside_later(tmp_path, 1)
     assert "step-00000002 is set aside" in capsys.readouterr().out
     for steps in (2, 3):
         save_checkpoint(tmp_path, state_of(recipe, 0, steps))
@@ -220,7 +221,7 @@ state = t.state_of(validate(Recipe, t.CONTENT), 0, 1)
 print("ready", flush=True)
 step = 1
 while True:
-    t.checkpoint.save_checkpoint(Path({folder!r}), state._replace(step=step)); step += 1
+    t.saving.save_checkpoint(Path({folder!r}), state._replace(step=step)); step += 1
 """
 IN_PLACE = """
 def in_place(run_dir, state):  # no rename: written where it will be read, the old one removed first
@@ -229,8 +230,8 @@ def in_place(run_dir, state):  # no rename: written where it will be read, the o
     for old in folder.glob("step-*"): shutil.rmtree(old)
     final = folder / f"step-{state.step:08d}"
     final.mkdir(parents=True)
-    t.checkpoint._write(final, state)
-t.checkpoint.save_checkpoint = in_place
+    t.saving._write(final, t.saving.snapshot(state), None)
+t.saving.save_checkpoint = in_place
 """
 
 

@@ -16,26 +16,28 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ssl" / "selfsup"
 
 FLOORS = {
-    "config": 0, "batch": 0, "dist": 0, "keyed": 0, "durable": 0, "memory": 0,
+    "config": 0, "batch": 0, "dist": 0, "keyed": 0, "durable": 0, "memory": 0, "pace": 1,
     "attention": 1, "data": 1,
     "layers": 2,
-    "encoders": 3,
-    "optim": 4, "lars": 3, "schedule": 3, "metrics": 4, "flops": 0, "ema": 4, "profiling": 4,
+    "encoders": 3, "sharding": 3,
+    "optim": 5, "lars": 4, "schedule": 3, "metrics": 5, "flops": 0, "ema": 4, "profiling": 4,
     "objectives": 5,
     "recipe": 6,
-    "checkpoint": 7,
+    "checkpoint": 7, "saving": 8,
     "conformance": 9,
     "run_folder": 8, "export": 8, "text": 8,
     "probe": 9, "look": 9, "doctor": 9,
+    "stop": 9, "watchdog": 9, "parallel": 9,
     "start": 10,
     "dry_run": 11,
+    "guard": 11, "opening": 11,
     "train": 12,
     "carry_on": 13,
     "launch": 14,
     "cli": 15,
 }  # fmt: skip
 ONLY_IN = {
-    "accelerate": {"start", "train", "checkpoint"},
+    "accelerate": {"start", "parallel", "opening", "train", "guard"},
     "webdataset": {"data"},
     "transformers": {"export"},
 }

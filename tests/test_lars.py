@@ -10,11 +10,12 @@ from safetensors.torch import load, save
 
 from running import state_of
 from selfsup import lars
-from selfsup.checkpoint import optimizer_from_names, optimizer_to_names, restore, save_checkpoint
+from selfsup.checkpoint import optimizer_from_names, optimizer_to_names, restore
 from selfsup.config import validate
 from selfsup.lars import Lars
 from selfsup.optim import LarsConfig, build_optimizer
 from selfsup.recipe import Recipe
+from selfsup.saving import save_checkpoint
 
 CONFIG = LarsConfig(base_lr=0.8, weight_decay=0.02, momentum=0.7, trust_coefficient=0.05)
 RATES = [0.8, 0.5, 0.9, 0.1]

@@ -1,32 +1,26 @@
-"""Crash-safe checkpoints without pickle: safetensors, JSON, a manifest of SHA-256.
+"""Checkpoints found, verified and read. `saving.py` says what they are made of, and writes them.
 
-A checkpoint is a folder `checkpoints/step-00001000` that appears by a rename, complete or not at
-all: written to `.tmp-…`, every file fsynced, then the manifest, then the rename, then the parent's
-fsync; only then are older ones removed. Loading verifies the manifest.
+Any of them can be read by any number of processes, split (run.parallel fsdp2) or not.
 """
 
 import json
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from selfsup.config import dump_yaml, read_yaml, validate
-from selfsup.durable import fsync_path, sha256
+from selfsup import sharding
+from selfsup.config import read_yaml, validate
+from selfsup.durable import sha256
 from selfsup.ema import Ema
 from selfsup.encoders import AnyEncoder
 from selfsup.objectives.base import Objective
-from selfsup.optim import RESCUE
 from selfsup.recipe import Recipe
 
-FILES = {"objective.safetensors", "optimizer.safetensors", "config.yaml", "state.json"}
-EMA_FILE = "ema.safetensors"
+PARTS = {part: f"{part}.safetensors" for part in ("objective", "optimizer", "ema")}
+"""Files of a state that was not split; a split one has a folder `tensors` instead."""
 
 
 class TrainState(NamedTuple):
@@ -44,50 +38,8 @@ class TrainState(NamedTuple):
     """Index fingerprint, order version, git revision: JSON values."""
     ema: Ema | None = None
     """Averaged weights, where optim.ema asks for them."""
-
-
-def save_checkpoint(run_dir: Path, state: TrainState) -> Path:
-    """Writes `checkpoints/step-N` durably, then removes old ones beyond `run.keep_checkpoints`.
-
-    Raises ValueError where it cannot be written, or holds a value that is not finite; earlier
-    checkpoints are untouched then.
-    """
-    broken = [k for k, v in state.objective.state_dict().items() if not v.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"weights are not finite at step {state.step}, first {broken[0]}: checkpoint NOT saved; earlier ones "
-            f"are intact. {RESCUE}"
-        )
-    folder = run_dir / "checkpoints"
-    final, tmp = folder / f"step-{state.step:08d}", folder / f".tmp-{state.step:08d}"
-    try:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        _write(tmp, state)
-        if final.exists():  # this very step was saved before
-            shutil.rmtree(final)
-        os.rename(tmp, final)
-        fsync_path(folder)
-        fsync_path(run_dir)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise ValueError(f"{final}: checkpoint NOT saved: {error}; earlier checkpoints are intact") from error
-    for old in _steps(folder)[: -state.recipe.run.keep_checkpoints]:
-        shutil.rmtree(
-            old, onerror=lambda _, path, fault: print(f"cannot remove {path}: {fault[1]}", file=sys.stderr)
-        )
-    return final
-
-
-def set_aside_later(run_dir: Path, step: int) -> None:
-    """Renames checkpoints beyond `step`, where a resumed run goes on, and says so: they belong to
-    another course of training, and would crowd out the new ones."""
-    for later in _steps(run_dir / "checkpoints"):
-        if int(later.name.removeprefix("step-")) > step:
-            aside = later.with_name(f".abandoned-{later.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(later, aside)
-            print(f"going on from step {step}: {later.name} is set aside as {aside}")
+    skipped: int = 0
+    """Steps left out because loss or gradient was not finite."""
 
 
 def run_dir_of(checkpoint: Path) -> Path:
@@ -98,33 +50,6 @@ def run_dir_of(checkpoint: Path) -> Path:
             f"{checkpoint}: lies in no run folder (RUN/checkpoints/step-N); use --init-from for weights"
         )
     return folder.parent
-
-
-def _write(tmp: Path, state: TrainState) -> None:
-    """All files of a checkpoint, fsynced; the manifest last."""
-    save_file(
-        {k: v.contiguous() for k, v in state.objective.state_dict().items()}, tmp / "objective.safetensors"
-    )
-    tensors, groups = optimizer_to_names(state.optimizer)
-    save_file(tensors, tmp / "optimizer.safetensors")
-    if state.ema is not None:
-        save_file({k: v.contiguous() for k, v in state.ema.tensors.items()}, tmp / EMA_FILE)
-    (tmp / "config.yaml").write_text(dump_yaml(state.recipe))
-    content = {
-        "step": state.step,
-        "samples": state.samples,
-        "optimizer": groups,
-        "scaler": state.scaler.state_dict() if state.scaler is not None else None,
-        **state.facts,
-    }
-    (tmp / "state.json").write_text(json.dumps(content, indent=1))
-    manifest = {}
-    for path in sorted(tmp.iterdir()):
-        fsync_path(path)
-        manifest[path.name] = sha256(path)
-    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    fsync_path(tmp / "manifest.json")
-    fsync_path(tmp)
 
 
 def optimizer_to_names(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -168,19 +93,28 @@ def _parameter_names(content: dict[str, Any]) -> dict[int, str]:
     }
 
 
+def read_tensors(checkpoint: Path, part: str, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The saved tensors of one of PARTS, on the host: split as those of the same name in `like` are, else whole."""
+    if (checkpoint / "tensors").is_dir():
+        return sharding.load_parts(checkpoint / "tensors", f"{part}/", like or {})
+    tensors = load_file(checkpoint / PARTS[part])
+    return {k: sharding.place(v, like.get(k.rpartition(":")[2])) for k, v in tensors.items()} if like else tensors
+
+
 def restore(checkpoint: Path, state: TrainState) -> TrainState:
     """Loads weights, optimizer, scaler and averages in place; returns the state with its counters and facts."""
-    state.objective.load_state_dict(load_file(checkpoint / "objective.safetensors"))
+    like = state.objective.state_dict()
+    state.objective.load_state_dict(read_tensors(checkpoint, "objective", like))
     content = json.loads((checkpoint / "state.json").read_text())
-    optimizer_from_names(
-        state.optimizer, load_file(checkpoint / "optimizer.safetensors"), content.pop("optimizer")
-    )
+    moments = read_tensors(checkpoint, "optimizer", like)
+    optimizer_from_names(state.optimizer, moments, content.pop("optimizer"))
     scaler = content.pop("scaler")
     if state.scaler is not None and scaler is not None:
         state.scaler.load_state_dict(scaler)
     if state.ema is not None:
-        state.ema.load(load_file(checkpoint / EMA_FILE))
-    return state._replace(step=content.pop("step"), samples=content.pop("samples"), facts=content)
+        state.ema.load(read_tensors(checkpoint, "ema", like))
+    counters = {key: content.pop(key, 0) for key in ("step", "samples", "skipped")}  # older ones skipped none
+    return state._replace(**counters, facts=content)
 
 
 def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
@@ -194,7 +128,7 @@ def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
             raise ValueError(f"{source}: damaged checkpoint: {faults}")
         return source, []
     passed_over = []
-    for checkpoint in reversed(_steps(source / "checkpoints")):
+    for checkpoint in reversed(steps_in(source / "checkpoints")):
         faults = _damage(checkpoint)
         if not faults:
             return checkpoint, passed_over
@@ -266,7 +200,7 @@ def _tensors(checkpoint: Path, recipe: Recipe, weights: Weights) -> dict[str, Te
         raise ValueError(
             f"weights: {checkpoint} keeps no averaged weights (its optim.ema is none); use `trained`"
         )
-    return load_file(checkpoint / (EMA_FILE if weights == "ema" else "objective.safetensors"))
+    return read_tensors(checkpoint, "ema" if weights == "ema" else "objective")
 
 
 def init_from(source: Path, objective: nn.Module, recipe: Recipe, facts: dict[str, Any]) -> str:
@@ -286,7 +220,7 @@ def init_from(source: Path, objective: nn.Module, recipe: Recipe, facts: dict[st
             f"--init-from {source}: its weights are for another tokenizer: expected SHA-256 {known[:12]}, data.shards "
             f"has {ours[:12]}; tokenise with the tokenizer.json of that run's folder"
         )
-    weights = load_file(checkpoint / "objective.safetensors")
+    weights = read_tensors(checkpoint, "objective")
     fresh = objective.state_dict()
     whole = saved.objective.name == recipe.objective.name
     twice = not whole and any(k.startswith("target_encoder.") for k in fresh)
@@ -311,7 +245,8 @@ def _shape(tensors: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
     return tuple(tensors[key].shape) if key in tensors else None
 
 
-def _steps(folder: Path) -> list[Path]:
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints in RUN/checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
@@ -319,7 +254,9 @@ def _damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or an empty string."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        absent = sorted(FILES - manifest.keys())
+        split = any(name.startswith("tensors/") for name in manifest)
+        tensors = set() if split else {PARTS["objective"], PARTS["optimizer"]}
+        absent = sorted((tensors | {"config.yaml", "state.json"}) - manifest.keys())
         if absent:
             return f"its manifest lacks {', '.join(absent)}"
         wrong = [name for name, digest in manifest.items() if sha256(checkpoint / name) != digest]

@@ -5,9 +5,11 @@ CPU (gloo), so that agreeing on them never waits for the GPU's queue; tensors of
 the default group (NCCL or gloo), on the device they lie on.
 """
 
+import contextlib
 import functools
+import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,18 +33,54 @@ def world_size() -> int:
 
 
 @functools.cache
-def _host_group() -> dist.ProcessGroup | None:
-    """A gloo group; the default group (None) where that is gloo already."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+def host_group(purpose: str = "") -> dist.ProcessGroup | None:
+    """A gloo group of all ranks, one for each purpose; None in a single process.
+
+    What another thread sends needs a purpose of its own: messages of one group must come in one order on all
+    ranks. Making a group is a collective.
+    """
+    if world_size() == 1:
+        return None
+    if not purpose and dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    return dist.new_group(backend="gloo")
 
 
-def sum_over_ranks(*values: float) -> tuple[float, ...]:
+def sum_over_ranks(*values: float, group: dist.ProcessGroup | None = None) -> tuple[float, ...]:
     """The sums of Python numbers over all ranks, in float64 (exact for counts below 2**53)."""
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total, group=_host_group())
+    dist.all_reduce(total, group=group or host_group())
     return tuple(total.tolist())
+
+
+def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
+    """Every rank's text, on every rank."""
+    if world_size() == 1:
+        return [text]
+    group, content = group or host_group(), torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(content)]), group=group)
+    longest = max(int(size) for size in sizes)
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.nn.functional.pad(content, (0, longest - len(content))), group=group)
+    return [bytes(row[: int(size)].tolist()).decode() for row, size in zip(texts, sizes)]
+
+
+_seconds = [0.0]
+
+
+@contextlib.contextmanager
+def _timed() -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    _seconds[0] += time.perf_counter() - began
+
+
+def seconds_in_collectives() -> float:
+    """Seconds that this process has spent in `all_gather` and `all_reduce` so far; on CUDA, in starting them."""
+    return _seconds[0]
 
 
 def all_gather(x: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "world_b *d"]:
@@ -51,7 +89,8 @@ def all_gather(x: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "world_b *d"]:
     if world_size() == 1:
         return x
     gathered = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x)
+    with _timed():
+        dist.all_gather_into_tensor(gathered, x)
     return gathered
 
 
@@ -60,7 +99,8 @@ def all_reduce(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
     if world_size() > 1:
-        dist.all_reduce(total)
+        with _timed():
+            dist.all_reduce(total)
     return total.to(x.dtype)
 
 

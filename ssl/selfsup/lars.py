@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from selfsup import dist
+from selfsup.sharding import local
 
 
 class Lars(torch.optim.Optimizer):
@@ -23,6 +27,8 @@ class Lars(torch.optim.Optimizer):
 
     A group with `adapt: False` (biases, norms, other 1-D tensors) is plain momentum: ratio 1, no decay,
     whatever its weight_decay says.
+
+    Weights may be split over processes (run.parallel fsdp2); their norms are those of the whole tensors.
 
     Why our own: timm's and lightly's take |g| + weight_decay * |w| for |g'|, and skip the ratio where
     weight_decay is 0 (timm: unless always_adapt). There, at the learning rates that LARS is given, a
@@ -62,16 +68,18 @@ class Lars(torch.optim.Optimizer):
         return loss
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        updates: Sequence[Tensor] = [w.grad for w in weights if w.grad is not None]
         for w in weights:
             if "momentum_buffer" not in self.state[w]:
                 self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-        buffers = [self.state[w]["momentum_buffer"] for w in weights]
+        split = isinstance(weights[0], DTensor)
+        updates: Sequence[Tensor] = [local(w.grad) for w in weights if w.grad is not None]
+        buffers = [local(self.state[w]["momentum_buffer"]) for w in weights]
+        weights = [local(w) for w in weights]
         torch._foreach_mul_(buffers, group["momentum"])
         if group["adapt"]:
             if group["weight_decay"]:
                 updates = torch._foreach_add(updates, weights, alpha=group["weight_decay"])
-            ratios = trust_ratios(weights, updates, group["trust_coefficient"])
+            ratios = trust_ratios(weights, updates, group["trust_coefficient"], split)
             torch._foreach_addcmul_(buffers, updates, ratios)  # ratios stay on the device: no waiting for it
         else:
             torch._foreach_add_(buffers, updates)
@@ -79,10 +87,13 @@ class Lars(torch.optim.Optimizer):
 
 
 def trust_ratios(
-    weights: Sequence[Tensor], updates: Sequence[Tensor], trust_coefficient: float
+    weights: Sequence[Tensor], updates: Sequence[Tensor], trust_coefficient: float, split: bool = False
 ) -> list[Tensor]:
-    """trust_coefficient * |w| / |u| of each pair, scalars in float32 or wider; 1 where a norm is 0."""
+    """trust_coefficient * |w| / |u| of each pair, scalars in float32 or wider; 1 where a norm is 0.
+
+    split: the tensors are this process's parts, the norms those of all parts together (one collective).
+    """
     wide = functools.reduce(torch.promote_types, (w.dtype for w in weights), torch.float32)
-    w = torch.stack(torch._foreach_norm(weights, 2, dtype=wide))
-    u = torch.stack(torch._foreach_norm(updates, 2, dtype=wide))
+    norms = torch.stack([torch.stack(torch._foreach_norm(t, 2, dtype=wide)) for t in (weights, updates)])  # (2, n)
+    w, u = dist.all_reduce(norms.square()).sqrt() if split else norms
     return list(torch.where((w > 0) & (u > 0), trust_coefficient * w / u, 1.0).unbind())

@@ -67,6 +67,18 @@ class RunConfig(Section):
     """FIRST:LAST: profile the steps after step FIRST up to step LAST, into RUN/profile; none: no profile."""
     expect_processes: Annotated[int, Field(ge=1)] | None = None
     """Refuse to train on another number of processes."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes share a model: ddp, each holds all of it; fsdp2, each holds a part of every weight,
+    gradient and moment, and gathers a block's weights while it computes it (torch's fully_shard)."""
+    background_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy in host memory. A kill before one is whole goes back
+    to the one before it."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Save and leave after so many hours, as if asked by a signal; none: no limit."""
+    stall_minutes: Annotated[float, Field(ge=0)] = 30.0
+    """Without a step, a checkpoint or a measurement for so long every rank prints its stacks and leaves; 0: never."""
+    skip_budget: Annotated[int, Field(ge=0)] = 10
+    """Steps of the whole run that may be skipped because loss or gradient is NaN or infinite; one more ends it."""
 
     @field_validator("dir")
     @classmethod
@@ -127,12 +139,21 @@ class Recipe(Section):
             self._check_text(self.data)
         else:
             self._check_images(self.data)
+        if self.run.parallel == "fsdp2":
+            self._check_split()
         last = 0 if self.run.profile is None else parse_range(self.run.profile).stop
         if last > self.optim.steps:
             raise ValueError(
                 f"run.profile: expected steps up to optim.steps {self.optim.steps}, got {self.run.profile}"
             )
         return self
+
+    def _check_split(self) -> None:
+        """What weights in parts do not have."""
+        if self.precision.mixed == "fp16":
+            raise ValueError("precision.mixed: fp16 goes with run.parallel ddp only; use bf16")
+        if self.run.histogram_every:
+            raise ValueError("run.histogram_every: goes with run.parallel ddp only; set it to 0")
 
     def _check_text(self, data: TextData) -> None:
         """Rows are built as the objective predicts them."""

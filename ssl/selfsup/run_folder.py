@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
@@ -88,8 +88,17 @@ def git_revision() -> str | None:
     return done.stdout.strip()
 
 
-def write_outcome(run_dir: Path, state: str, step: int, collapsed_at: int | None) -> None:
-    """outcome.json: `finished` or `interrupted`, the step, and the one from which on the online monitor found
-    the features collapsed, if it did. A launcher's exit code does not tell."""
-    content = {"state": state, "step": step, "collapsed_at": collapsed_at}
+State = Literal["finished", "interrupted", "failed", "stalled"]
+
+
+def write_outcome(
+    run_dir: Path, state: State, step: int, collapsed_at: int | None = None, reason: str = "", skipped: int = 0
+) -> None:
+    """outcome.json: how the run ended, since a launcher's exit code does not tell.
+
+    state: `interrupted` saved and can be resumed; `failed` and `stalled` cannot go on without somebody's care.
+    reason: one line for people. skipped: steps left out because they were not finite. collapsed_at: the step from
+    which on the online monitor found the features collapsed, if it did.
+    """
+    content = {"state": state, "step": step, "reason": reason, "skipped": skipped, "collapsed_at": collapsed_at}
     write_atomically(run_dir / "outcome.json", json.dumps(content).encode())

@@ -3,14 +3,15 @@
 import contextlib
 import os
 from collections.abc import Generator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from selfsup import checkpoint, dist
+from selfsup import checkpoint, dist, parallel
 from selfsup.batch import ImageBatch, TextBatch
 from selfsup.checkpoint import TrainState
 from selfsup.config import merge, read_yaml, validate
@@ -59,8 +60,11 @@ def accelerator(recipe: Recipe) -> Accelerator:
     # the first order, at the price of one walk over the autograd graph per step.
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     ddp = DistributedDataParallelKwargs(find_unused_parameters=launched > 2)
+    handlers = [ddp]
+    if run.stall_minutes:  # the watchdog first, which says where every process stands; then torch's own limit
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=run.stall_minutes + 5)))
     mixed = "no" if precision.mixed == "fp32" else precision.mixed
-    result = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[ddp])
+    result = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
     if run.threads is not None:  # after Accelerator, which sets its own number on several CPU processes
         torch.set_num_threads(run.threads)
     # The one convolution is deterministic for this; cuDNN would choose its kernels by timing.
@@ -93,10 +97,13 @@ def check_accelerator(result: Accelerator, on_cpu: bool) -> None:
             f"gradient_accumulation_steps: expected 1, Accelerate's environment or config file says "
             f"{result.gradient_accumulation_steps}; remove it and set --run.micro-batch"
         )
-    if result.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+    kind = result.distributed_type.value
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # which on a CPU it ignores in silence
+        kind = "FSDP"
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise ValueError(
-            f"distributed_type: expected NO, MULTI_CPU or MULTI_GPU, Accelerate's config file says "
-            f"{result.distributed_type.value}; use one of launch/"
+            f"distributed_type: expected NO, MULTI_CPU or MULTI_GPU, Accelerate's config file says {kind}; use one of "
+            f"launch/, and for FSDP --run.parallel fsdp2"
         )
 
 
@@ -107,7 +114,9 @@ def build_objective(recipe: Recipe, device: torch.device) -> Objective:
     several processes for a kind of batch norm that cannot be so.
     """
     torch.manual_seed(recipe.seed)
-    objective = recipe.objective.build(recipe.encoder).to(device)
+    objective = recipe.objective.build(recipe.encoder)
+    if not parallel.split(recipe):  # what is split moves block by block
+        objective = objective.to(device)
     synchronise(objective)
     blocks = [module for module in objective.modules() if isinstance(module, Block)]
     if recipe.run.activation_checkpointing and not blocks:
@@ -118,6 +127,11 @@ def build_objective(recipe: Recipe, device: torch.device) -> Objective:
     for block in blocks:
         block.checkpoint = recipe.run.activation_checkpointing
     return objective
+
+
+def monitored(recipe: Recipe) -> bool:
+    """Whether the online monitor has a step to measure at; text it never measures."""
+    return 0 < recipe.run.monitor_every <= recipe.optim.steps
 
 
 def batch_plan(recipe: Recipe) -> BatchPlan:

@@ -11,72 +11,77 @@ Every key of a recipe can be set in the YAML, or after it on the command line.
 
 import argparse
 import contextlib
-import math
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 import torch
 
-from selfsup import checkpoint, dist, flops, run_folder, start
+from selfsup import checkpoint, dist, flops, parallel, run_folder, start
 from selfsup.checkpoint import TrainState
 from selfsup.config import parse_overrides
-from selfsup.data.rows import Rows
 from selfsup.dry_run import dry_run
-from selfsup.ema import Ema
+from selfsup.guard import Guard, gradient_norm
 from selfsup.keyed import Purpose, random_bits
-from selfsup.metrics import MetricsLog, StepClock
-from selfsup.optim import build_optimizer, require_finite
-from selfsup.probe.online import open_monitor
+from selfsup.metrics import StepClock
+from selfsup.opening import Opened, open_run
+from selfsup.pace import Pace
 from selfsup.recipe import Recipe, load_recipe, resumed
+from selfsup.stop import INTERRUPTED, StopRequest, follow_launcher
+from selfsup.watchdog import Watchdog
 
 
 def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = None) -> str:
-    """Runs the recipe to its last step, or until a signal asks it to stop.
+    """Runs the recipe to its last step, or until something asks it to stop.
 
     resume: the checkpoint to go on from; weights: a run or checkpoint to take weights from.
     Returns "finished" or "interrupted". Raises ValueError for whatever the user can mend.
     """
-    accelerator = start.accelerator(recipe)
-    plan, data = start.batch_plan(recipe), start.open_data(recipe)
-    objective, facts = start.build_objective(recipe, accelerator.device), start.data_facts(data)
-    if weights is not None:
-        start.say(dist.together(checkpoint.init_from, weights, objective, recipe, facts))
-    optimizer = build_optimizer(recipe.optim, objective)
-    ema = None if recipe.optim.ema is None else Ema(objective, recipe.optim.ema)
-    state = TrainState(objective, optimizer, accelerator.scaler, recipe, 0, 0, facts, ema)
-    if resume is not None:
-        state = start.resume(resume, state)
-    run_dir, optim, run = Path(recipe.run.dir), recipe.optim, recipe.run
-    batches = start.open_batches(recipe, data, plan, state)
-    lock = dist.on_first_rank(run_folder.claim, run_dir, resume is not None)
-    dist.on_first_rank(checkpoint.set_aside_later, run_dir, state.step)
-    if weights is not None:
-        # Before `describe`: a folder that is described but has no checkpoint is resumed from the seed.
-        dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
-    dist.on_first_rank(run_folder.describe, run_dir, recipe, plan.world, accelerator.device)
-    dist.on_first_rank(start.keep_tokenizer, run_dir, data)
-    log = dist.on_first_rank(MetricsLog, run_dir, state.step, optim.steps)
-    start.summarise(recipe, plan, data, state, accelerator.device)
-    monitor, monitored = None, 0 < run.monitor_every <= optim.steps
-    if monitored or (run.monitor_every and isinstance(data, Rows)):  # text it never measures, and says so
-        monitor = dist.on_first_rank(open_monitor, recipe, data, accelerator.device)
-    elif run.monitor_every:
-        start.say(f"monitor    off: run.monitor_every {run.monitor_every} is beyond the last step {optim.steps}")
-    profiler = start.profiler(recipe, state.step)
+    stop = StopRequest(recipe.run.max_hours)  # before all that takes time: no signal is lost
+    opened, run_dir = open_run(recipe, resume, weights), Path(recipe.run.dir)
+    lock, log, saver = opened.lock, opened.log, opened.saver
+    try:
+        state = steps(recipe, opened, stop)
+        if saver.step != state.step:  # interrupted between two checkpoints
+            saver.save(state)
+        saver.close()
+    except (ValueError, OSError) as error:
+        if lock is not None:
+            run_folder.write_outcome(run_dir, "failed", saver.step or 0, reason=str(error))
+        raise
+    opened.batches.close()
+    outcome = "finished" if state.step == recipe.optim.steps else "interrupted"
+    collapsed_at = None
+    if log is not None:
+        log.close()
+        collapsed_at = log.collapsed_at
+    dist.on_first_rank(
+        run_folder.write_outcome, run_dir, outcome, state.step, collapsed_at, stop.reason, state.skipped
+    )
+    collapsed = "" if collapsed_at is None else f", COLLAPSED since step {collapsed_at}"
+    skipped = f", {state.skipped} steps skipped" if state.skipped else ""
+    start.say(f"{outcome} at step {state.step} of {recipe.optim.steps}{skipped}{collapsed}: {run_dir}")
+    if lock is not None:
+        lock.close()
+    return outcome
 
-    stop = StopSignal()
-    if run.compile:
-        objective.compile()
-    model, stepper = accelerator.prepare(objective, optimizer)
-    clock, peak = StepClock(), flops.peak(accelerator.device, recipe.precision.mixed)
-    saved = None if resume is None and weights is None else state.step
-    outcome = "finished"
+
+def steps(recipe: Recipe, opened: Opened, stop: StopRequest) -> TrainState:
+    """The loop: from the opened state to the last step, or to the one before which somebody asked to stop."""
+    accelerator, plan, data, objective, model, stepper, state, batches, saver, log, monitor, _ = opened
+    run_dir, run, optim, optimizer = Path(recipe.run.dir), recipe.run, recipe.optim, state.optimizer
+    clock, pace = StepClock(), Pace(accelerator.device)
+    peak = flops.peak(accelerator.device, recipe.precision.mixed)
+    guard = Guard(objective, run_dir, run.skip_budget, state.skipped, accelerator.scaler is not None)
+    profiler = start.profiler(recipe, state.step)
+    watchdog = Watchdog(run.stall_minutes, dist.rank(), lambda seconds: run_folder.write_outcome(
+        run_dir, "stalled", state.step, reason=f"no step for {seconds:.0f} s", skipped=guard.skipped
+    ))  # fmt: skip
 
     for step in range(state.step, optim.steps):
+        watchdog.beat()
         if profiler is not None:
             profiler.before(step)
         began = time.perf_counter()
@@ -85,7 +90,9 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
             micro_batches = [next(batches) for _ in range(plan.accumulation)]
         except ValueError as error:  # a damaged sample
             fault = error
-        clock.waited(time.perf_counter() - began)
+        waited = time.perf_counter() - began
+        clock.waited(waited)
+        pace.waited(waited)
 
         # One sum over ranks per step: the number of loss terms, whether to stop, whether a rank failed.
         targets = sum(b.targets for b in micro_batches)
@@ -96,78 +103,82 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
                 f"step {step}: nothing to predict in the whole batch, its documents are empty; raise optim.batch_size"
             )
         if stopping:
-            outcome = "interrupted"
+            stop.reason = stop.reason or "another process was asked to stop"
             break
 
         for group in optimizer.param_groups:
             group["lr"] = optim.lr(step)
+        guard.remember()
         sums = {"loss": torch.zeros((), device=accelerator.device)}
         for i, batch in enumerate(micro_batches):
             seed_model(recipe.seed, step, i)
             batch = recipe.data.to(batch, accelerator.device)
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                output = model(batch, total)
+                with pace.own():
+                    output = model(batch, total)
                 accelerator.backward(output.loss)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 sums[name] = sums.get(name, 0) + value
 
         done = step + 1
-        measure_now = monitored and done % run.monitor_every == 0
-        log_now = measure_now or done % run.log_every == 0 or done == optim.steps
-        save_now = done % run.checkpoint_every == 0 or done == optim.steps
-        if optim.clip_grad_norm is not None or log_now:
-            most = optim.clip_grad_norm or math.inf
-            grad_norm = accelerator.clip_grad_norm_(objective.parameters(), most)
-        stepper.step()
+        grad_norm = gradient_norm(accelerator, objective, optim.clip_grad_norm)
+        if guard.refuses(sums["loss"], grad_norm):
+            said = guard.skip(step, micro_batches, sums["loss"].item(), grad_norm.item())
+            if guard.spent:
+                saver.save(state, prune=False)
+                saver.wait()
+                fault = ValueError(f"{said}; {guard.verdict(saver.path(state.step))}")
+                dist.raise_together(fault if dist.rank() == 0 else None, 1)
+            start.say(f"{said}: skipped, {guard.skipped} of run.skip_budget {run.skip_budget}")
+            refused = True
+        else:
+            stepper.step()
+            objective.after_step(step / optim.steps)
+            if state.ema is not None:
+                state.ema.update(objective, done - guard.skipped)
+            refused = False
         if log is not None and run.histogram_every and done % run.histogram_every == 0:
             log.histograms(done, objective)
         stepper.zero_grad()
-        objective.after_step(step / optim.steps)
-        if ema is not None:
-            ema.update(objective, done)
-        state = state._replace(step=done, samples=state.samples + optim.batch_size)
+        state = state._replace(step=done, samples=state.samples + optim.batch_size, skipped=guard.skipped)
         clock.step()
 
-        if log_now or save_now:
+        measure_now = start.monitored(recipe) and done % run.monitor_every == 0
+        log_now = measure_now or done % run.log_every == 0 or done == optim.steps
+        picture_now = run.picture_every and (done % run.picture_every == 0 or done == optim.steps)
+        whole = parallel.gathered(recipe, objective, accelerator.device) if measure_now or picture_now else objective
+        if log_now and not refused:
             over_ranks = dist.sum_over_ranks(*(value.item() for value in sums.values()))
-            means = {name: value / plan.world for name, value in zip(sums, over_ranks)}
-            require_finite(means["loss"], done)
-        if log_now and log is not None:
-            values = {**means, "lr": optimizer.param_groups[0]["lr"], "samples": state.samples}
-            if math.isfinite(grad_norm):  # fp16 skips a step that overflows
-                values["grad_norm"] = float(grad_norm)
+            values = {name: value / plan.world for name, value in zip(sums, over_ranks)}
+            values |= {"lr": optimizer.param_groups[0]["lr"], "samples": state.samples, **pace.read()}
+            if grad_norm.isfinite():  # fp16 skips a step that overflows
+                values["grad_norm"] = grad_norm.item()
             if data is not None:
                 values["epoch"] = state.samples / len(data)
+            if guard.skipped:
+                values["skipped"] = guard.skipped
             values |= clock.read(
                 optim.batch_size, recipe.throughput, objective.flops_per_sample(), peak and peak * plan.world
             )
-            if monitor is not None and measure_now:
-                values |= monitor.measure(objective.encoder, objective.projector)
+            if monitor is not None and log is not None and measure_now:
+                values |= monitor.measure(whole.encoder, whole.projector)
                 log.distributions(done, monitor.similarities)
-            log.write(done, values)
-        if log is not None and run.picture_every and (done % run.picture_every == 0 or done == optim.steps):
-            start.show(log, done, recipe, objective, batch, data)
-        if save_now:
-            dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
-            saved = done
+            if log is not None:
+                log.write(done, values)
+        if log is not None and picture_now:
+            start.show(log, done, recipe, whole, batch, data)
+        # Not after a skipped step: a run that diverges would fill its last checkpoints with what it diverged to.
+        if (done % run.checkpoint_every == 0 and not refused) or done == optim.steps:
+            watchdog.beat()
+            saver.save(state)
         if log is not None:
             log.advance()
 
-    if saved != state.step:  # interrupted between two checkpoints
-        dist.on_first_rank(checkpoint.save_checkpoint, run_dir, state)
+    watchdog.close()
     if profiler is not None:
         profiler.close(state.step)
-    if log is not None:
-        log.close()
-    batches.close()
-    collapsed_at = None if log is None else log.collapsed_at
-    dist.on_first_rank(run_folder.write_outcome, run_dir, outcome, state.step, collapsed_at)
-    collapsed = "" if collapsed_at is None else f", COLLAPSED since step {collapsed_at}"
-    start.say(f"{outcome} at step {state.step} of {optim.steps}{collapsed}: {run_dir}")
-    if lock is not None:
-        lock.close()
-    return outcome
+    return state
 
 
 def seed_model(seed: int, step: int, micro: int) -> None:
@@ -175,27 +186,6 @@ def seed_model(seed: int, step: int, micro: int) -> None:
     position = torch.tensor(dist.rank() << 32 | micro)
     high, low = random_bits(seed, step, position, Purpose.MODEL, 2).tolist()
     torch.manual_seed(high << 32 | low)
-
-
-class StopSignal:
-    """Remembers SIGINT or SIGTERM until the loop can save; a second one, after a second, leaves at once.
-    Sooner it is the same: `timeout` signals its child, and then the child's group."""
-
-    def __init__(self) -> None:
-        self.requested, self._asked = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            if time.monotonic() - self._asked < 1:
-                return
-            raise SystemExit(128 + number)
-        self.requested, self._asked = 1, time.monotonic()
-        start.say(f"{signal.Signals(number).name}: saving at the end of this step, then leaving")
-
-
-INTERRUPTED = 75  # EX_TEMPFAIL: run it again with --resume
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     options, overrides = parser.parse_known_args(rest)
+    follow_launcher()
     try:
         if options.help:
             start.print_help(config, __doc__ or "")

@@ -182,6 +182,8 @@ def test_the_run_folder_tells_everything(bench):
     assert json.loads((run / "outcome.json").read_text()) == {
         "state": "finished",
         "step": 4,
+        "reason": "",
+        "skipped": 0,
         "collapsed_at": None,
     }
     versions = json.loads((run / "environment.json").read_text())["versions"]
@@ -304,7 +306,8 @@ def test_a_lost_run_stops_loudly(bench, checkpoint_every):
         checkpoint_every,
     ]
     line = bench.fault(bench.config, "--run.dir", run, *rates)
-    assert "stopped without saving" in line or "NOT saved" in line
+    assert "run.skip_budget: 10 steps may be skipped" in line or "NOT saved" in line
+    assert json.loads((run / "outcome.json").read_text())["state"] == "failed"
     for path in run.glob("checkpoints/step-*/objective.safetensors"):
         assert all(value.isfinite().all() for value in load_file(path).values())
 
