@@ -19,6 +19,9 @@ if [ -z "${PYTHON:-}" ]; then
     [ ! -x .venv/bin/python ] || PYTHON="$PWD/.venv/bin/python"
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Or ranks that start again find the addresses of those before them in the store that torchrun shares between starts,
+# and wait for ever (pytorch#135712; with torch 2.14.1 about every third restart here).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}" # torchrun's own: 30 s to save after a signal
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes "${NODES:-1}" --nproc-per-node "${PROCESSES:-1}" --max-restarts "${RESTARTS:-10}" \

@@ -8,6 +8,7 @@ The recipe is checked before anything starts. The plain command is printed, then
 --processes N   on each machine; default 1
 --nodes M       machines of the cluster; default 1
 --resume        go on with the run that the folder holds; without it such a folder is refused
+--carry-on      start the run, or go on with it: for scripts that are started again
 --dry-run       check, print the command, start nothing
 
 sbatch reads what else a job needs from its variables: SBATCH_TIMELIMIT=12:00:00, SBATCH_PARTITION=..., SBATCH_ACCOUNT=...
@@ -46,6 +47,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--carry-on", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     options, overrides = parser.parse_known_args(arguments)
@@ -55,14 +57,16 @@ def main(arguments: list[str]) -> int:
     if options.config is None:
         raise ValueError("expected a CONFIG; see selfsup launch --help")
     recipe = load_recipe(options.config, overrides)
-    check(recipe, options.where, options.processes, options.nodes, options.resume)
-    if options.resume and command_for(options.config, overrides) is None:
+    check(recipe, options.where, options.processes, options.nodes)
+    check_folder(Path(recipe.run.dir), options.resume, options.carry_on)
+    again = options.resume or options.carry_on
+    if again and command_for(options.config, overrides) is None:
         return 0
     words = [str(options.config), *overrides]
     if options.where == "slurm":
         env, command = slurm_command(recipe, words, options.processes, options.nodes)
     else:
-        env, command = local_command(words, options.processes, options.resume)
+        env, command = local_command(words, options.processes, again)
     print(shlex.join([*(f"{key}={value}" for key, value in env.items()), *command]), flush=True)
     if options.dry_run:
         return 0
@@ -76,7 +80,7 @@ def main(arguments: list[str]) -> int:
     return under_torchrun(command[3:], Path(recipe.run.dir))
 
 
-def check(recipe: Recipe, where: str, processes: int, nodes: int, resume: bool) -> None:
+def check(recipe: Recipe, where: str, processes: int, nodes: int) -> None:
     """Raises ValueError for what would only show once the job has started."""
     if processes < 1 or nodes < 1:
         raise ValueError(f"--processes, --nodes: expected values >= 1, got {processes} and {nodes}")
@@ -87,17 +91,20 @@ def check(recipe: Recipe, where: str, processes: int, nodes: int, resume: bool) 
         raise ValueError(f"run.expect_processes: expected {world} = --processes x --nodes, got {recipe.run.expect_processes}")
     size = recipe.optim.batch_size
     BatchPlan(global_batch=size, micro_batch=recipe.run.micro_batch or max(1, size // world), rank=0, world=world)
-    run = Path(recipe.run.dir)
+
+
+def check_folder(run: Path, resume: bool, carry_on: bool) -> None:
+    """Raises ValueError where the run folder holds a run and should not, as train does, or the other way round."""
     if resume and not holds_run(run):
         raise ValueError(f"--resume: {run} holds no run to go on with; leave it out")
-    if not resume and list(run.glob("checkpoints/step-*")):  # as train refuses it
+    if not resume and not carry_on and list(run.glob("checkpoints/step-*")):
         raise ValueError(f"run.dir: {run} already holds a run; continue it with --resume, or choose another --run.dir")
 
 
-def local_command(words: list[str], processes: int, resume: bool) -> tuple[dict[str, str], list[str]]:
+def local_command(words: list[str], processes: int, again: bool) -> tuple[dict[str, str], list[str]]:
     """Variables and command of a run on this machine. Several processes share its cores, unless OMP_NUM_THREADS
     is set: each would otherwise start a thread for every core, or, under torchrun, a single one."""
-    module = "selfsup.carry_on" if resume else "selfsup.train"
+    module = "selfsup.carry_on" if again else "selfsup.train"
     tail = ["-m", module, *words, "--run.expect-processes", str(processes)]
     if processes == 1:
         return {}, [sys.executable, *tail]

@@ -78,21 +78,24 @@ def test_a_lost_rank(bench, start):
     assert losses(run) == losses(folder / "reference") and final_state(run) == final_state(folder / "reference")
 
 
-def test_a_lost_machine(bench, start):
-    """Two launchers of one rank each are two machines; kill -9 of one and its rank: the other goes on alone."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "evicted"])
+def test_a_lost_machine(bench, start, number):
+    """Two launchers of one rank each are two machines. One and its rank are killed, or it is told to leave, and
+    all ranks save: the other goes on alone."""
     folder, config = bench
-    run = folder / "machine"
+    name = f"machine-{number}"
+    run = folder / name
     options = {"NODES": "1:2", "RDZV": f"127.0.0.1:{free_port()}"}
     quick = "last_call_timeout={},keep_alive_interval=1,keep_alive_max_attempt=3,is_host={}"
-    first = start(folder, config, "machine", **options, RDZV_CONF=quick.format(5, 1))
+    first = start(folder, config, name, **options, RDZV_CONF=quick.format(5, 1))
     time.sleep(1)
-    second = start(folder, config, "machine", **options, RDZV_CONF=quick.format(5, 0))
+    second = start(folder, config, name, **options, RDZV_CONF=quick.format(5, 0))
     wait_for(lambda: steps(run) >= 7)
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
-    for process in [psutil.Process(second.pid), *ranks(second)]:
-        process.send_signal(signal.SIGKILL)
-    (folder / "machine.slow").unlink()
-    assert first.wait(timeout=120) == 0, (folder / "machine.log").read_text()
+    for process in [psutil.Process(second.pid), *(ranks(second) if number == signal.SIGKILL else [])]:
+        process.send_signal(number)
+    (folder / f"{name}.slow").unlink()
+    assert first.wait(timeout=120) == 0, (folder / f"{name}.log").read_text()
     assert json.loads((run / "environment.json").read_text())["processes"] == 1
     found, expected = losses(run), losses(folder / "reference")
     assert [line[0] for line in found] == [line[0] for line in expected]
