@@ -28,9 +28,9 @@ install_packages() {
     [ ${#missing[@]} -gt 0 ] || return 0
     command -v apt-get >/dev/null || fail "${missing[*]} not found, and no apt-get to install them with"
     echo "installing ${missing[*]}"
-    local log="$folder/apt.log"
-    DEBIAN_FRONTEND=noninteractive apt-get update >"$log" 2>&1 \
-        && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" >>"$log" 2>&1 \
+    local log="$folder/apt.log" apt=(apt-get -o DPkg::Lock::Timeout=120 -o Acquire::http::Timeout=20)
+    export DEBIAN_FRONTEND=noninteractive
+    "${apt[@]}" update >"$log" 2>&1 && "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >>"$log" 2>&1 \
         || fail "cannot install ${missing[*]} (no network?): $(tail -n 1 "$log")"
 }
 
@@ -92,7 +92,7 @@ is_alive() { # a zombie is not, whenever its parent looks
 start() {
     [ "$(id -u)" = 0 ] || fail "must be root: slurmd starts jobs as their owner"
     mkdir -p "$folder"/{state,spool}
-    chmod 755 "$folder"
+    chmod go+rx "$folder" # munged and jobs of other users reach its socket through it
     install_packages
     if ! is_running munged; then
         [ -f "$folder/munge.key" ] || mungekey --create --keyfile="$folder/munge.key"

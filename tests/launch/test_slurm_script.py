@@ -2,6 +2,7 @@
 called. The real one is in test_slurm.py."""
 
 import os
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -151,3 +152,31 @@ def test_the_rank_of_a_task(tmp_path, tasks):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     expected = ["3", "1", "4", "2"] if tasks > 1 else [None] * 4  # one process needs no group
     assert [found.get(name) for name in names] == expected
+
+
+def here(folder: Path, apt: str | None = None, **options) -> str:
+    """What tools/slurm_here.sh says when it must refuse, on a machine with nothing but the commands it needs."""
+    programs = folder / "programs"
+    programs.mkdir(parents=True)
+    for name in ("id", "nproc", "hostname", "realpath", "mkdir", "chmod", "tail"):
+        (programs / name).symlink_to(shutil.which(name))
+    if apt is not None:
+        (programs / "apt-get").write_text(f"#!/bin/bash\n{apt}\n")
+        (programs / "apt-get").chmod(0o755)
+    with (ROOT / "tools" / "slurm_here.sh").open() as script:
+        done = subprocess.run(
+            [shutil.which("bash"), "-s", "start", str(folder / "here")], stdin=script, capture_output=True, text=True,
+            timeout=60, **{"env": {"PATH": str(programs)}, **options},
+        )  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
+    return done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can go on to where packages are missing")
+def test_where_slurm_cannot_be_installed(tmp_path):
+    packages = "munge slurmctld slurmd slurm-client"
+    assert f"{packages} not found, and no apt-get" in here(tmp_path / "a")
+    offline = "echo 'E: Could not resolve deb.debian.org'; exit 100"
+    assert f"cannot install {packages} (no network?): E: Could not resolve" in here(tmp_path / "b", apt=offline)
+    tmp_path.parent.parent.chmod(0o755)
+    assert "must be root" in here(tmp_path / "c", user=65534, group=65534, env=None)
