@@ -16,17 +16,18 @@ from pathlib import Path
 import torch
 
 import mutants
-from selfsup import dist, start
+from selfsup import dist, opening, start, train
 from selfsup.batch import TextBatch
 from selfsup.ema import Ema
 from selfsup.objectives.mae import MAE
+from selfsup.sharding import local
 from selfsup.train import main
 
 
 def instrument(options: dict) -> None:
     """options: trace (a path: one JSON line a micro-batch and rank), float64, mutant (a name in mutants.py),
     delay (seconds before each micro-batch: time to be killed in), averages (a path: one CRC32 of the averaged
-    weights a step and rank)."""
+    weights a step and rank), kinds (a path: the types of the model and of its parameters, one file a rank)."""
     torch.set_num_threads(1)
     if options.get("float64"):
         torch.set_default_dtype(torch.float64)
@@ -36,6 +37,8 @@ def instrument(options: dict) -> None:
         slow_down(options["delay"])
     if options.get("trace"):
         trace(Path(options["trace"]))
+    if options.get("kinds"):
+        trace_kinds(Path(options["kinds"]))
     if options.get("averages"):
         trace_averages(Path(options["averages"]))
 
@@ -102,6 +105,20 @@ def text_rows(batch: TextBatch) -> list[tuple[int, int]]:
         parts += [column[row] for column in columns if column is not None]
         out.append((int(inside.sum()), zlib.crc32(b"".join(part.numpy().tobytes() for part in parts))))
     return out
+
+
+def trace_kinds(path: Path) -> None:
+    """Writes what the loop got: the wrapper's type, and each parameter's type and size on this rank."""
+    original = opening.open_run
+
+    def open_run(*arguments):
+        opened = original(*arguments)
+        named = dict(opened.objective.named_parameters())
+        found = {name: [type(p).__name__, local(p).numel(), p.numel()] for name, p in named.items()}
+        Path(f"{path}.{dist.rank()}").write_text(json.dumps([type(opened.model).__name__, found]))
+        return opened
+
+    train.open_run = open_run
 
 
 def trace_averages(path: Path) -> None:

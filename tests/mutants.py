@@ -6,8 +6,9 @@ import os
 import textwrap
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from selfsup import checkpoint, dist, opening, saving, start, train
+from selfsup import checkpoint, dist, lars, opening, saving, sharding, start, train
 from selfsup.data import text, views
 from selfsup.ema import Ema
 from selfsup.encoders.vit import ViT
@@ -95,6 +96,30 @@ def reordered_buckets() -> None:
     """DDP as it comes: after the first backward pass it sums in another order."""
     original = start.DistributedDataParallelKwargs
     start.DistributedDataParallelKwargs = lambda find_unused_parameters: original()
+
+
+def parts_ignored() -> None:
+    """What Accelerate does with its FSDP plugin on a CPU: nothing, and DDP instead."""
+    sharding.shard = lambda module, device: None
+
+
+def parts_summed() -> None:
+    """Gradients of split weights summed over processes, not averaged."""
+    original = sharding.shard
+
+    def shard(module, device):
+        original(module, device)
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_gradient_divide_factor(1.0)
+
+    sharding.shard = shard
+
+
+def norms_of_parts() -> None:
+    """LARS takes the norm of this process's part for that of the whole tensor."""
+    original = lars.trust_ratios
+    lars.trust_ratios = lambda weights, updates, trust_coefficient, split: original(weights, updates, trust_coefficient)
 
 
 def killed_opening_the_monitor() -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from selfsup.checkpoint import TrainState
+from selfsup.checkpoint import TrainState, read_tensors
 from selfsup.config import validate
 from selfsup.data.pack import pack_arrays
 from selfsup.ema import Ema
@@ -156,16 +155,24 @@ def final_state(run: Path) -> dict[str, bytes]:
     """The bytes of the newest checkpoint that must not depend on interruptions."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     state = json.loads((newest / "state.json").read_text())
-    files = {
-        name: (newest / name).read_bytes() for name in ("objective.safetensors", "optimizer.safetensors")
-    }
-    return {**files, "counters": repr((state["step"], state["samples"], state["optimizer"])).encode()}
+    # Not the files' bytes: torch writes the header of a split state's files in no fixed order.
+    tensors = {f"{part}/{k}": v for part in ("objective", "optimizer") for k, v in read_tensors(newest, part).items()}
+    content = {k: v.numpy().tobytes() for k, v in tensors.items()}
+    assert content
+    return {**content, "counters": repr((state["step"], state["samples"], state["optimizer"])).encode()}
 
 
 def first_gradients(run: Path) -> dict:
     """The gradients of a run's first step, out of Adam's first moment (1 - beta1) * g, in float64."""
-    tensors = load_file(run / "checkpoints" / "step-00000001" / "optimizer.safetensors")
+    tensors = read_tensors(run / "checkpoints" / "step-00000001", "optimizer")
     return {k.split(":", 1)[1]: v.double() / 0.1 for k, v in tensors.items() if k.startswith("exp_avg:")}
+
+
+def off(ours: dict, theirs: dict) -> float:
+    """The largest distance of two states' tensors over the norm of the second's; of tensors near 0 over 1e-3."""
+    assert ours.keys() == theirs.keys()
+    pairs = [(ours[k].double(), theirs[k].double()) for k in theirs]
+    return max(((a - b).norm() / max(b.norm(), 1e-3)).item() for a, b in pairs)
 
 
 def read_trace(path: Path, kind: str, ranks: int, accumulation: int) -> list[list]:

@@ -103,6 +103,30 @@ def test_kill_minus_nine_at_a_random_moment(bench, seed):
     check_equal(bench, name, ranks)
 
 
+SPLIT, BEHIND = ("--run.parallel", "fsdp2"), ("--run.background-checkpoints", "true")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SPLIT, BEHIND, SPLIT + BEHIND], ids=["split", "behind", "both"])
+@pytest.mark.parametrize("seed", range(4))
+def test_kill_minus_nine_of_split_runs_and_of_those_that_save_behind(bench, options, seed):
+    """On two processes; every other kill falls into a save."""
+    name, rng = f"{'-'.join(options[1::2])}-{seed}", random.Random(seed)
+    run, reference = bench.folder / name, bench.folder / f"{'-'.join(options[1::2])}-whole"
+    if not reference.exists():
+        bench.server.run([*bench.arguments(reference.name, 0), *options], bench.folder / "log", 2)
+    pids = bench.server.start([*bench.arguments(name, 0), *options], bench.folder / "log", 2, delay=DELAY)
+    nth = rng.randrange(2, 6)
+    wait_for(lambda: list(run.glob(f"checkpoints/*-{3 * nth:08d}")), pause=0)
+    time.sleep(0 if seed % 2 else rng.random() * 3 * DELAY)
+    kill(pids)
+    bench.server.wait(pids)
+    assert not (run / "outcome.json").exists(), "killed too late: it had finished"
+    bench.resume(name, 2)
+    assert losses(run) == losses(reference) and final_state(run) == final_state(reference)
+    assert not list(run.glob("checkpoints/.tmp-*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", [False, True])
 def test_killed_before_the_first_checkpoint(bench, weights):
@@ -134,7 +158,7 @@ def test_killed_before_the_first_step_a_run_keeps_the_weights_it_was_given(bench
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 @pytest.mark.parametrize("ranks,workers", [(1, 2), (2, 1)])
 def test_a_signal_saves_at_the_end_of_the_step(bench, number, ranks, workers):
     name = f"stopped-{number}-{ranks}"
