@@ -10,7 +10,7 @@
 #   the run refuses to start on that one. Do not give --run.expect-processes. Losses are then equal within rounding,
 #   and bit for bit as long as the number stays the same.
 # - After a machine was lost the others notice within 15 s, meet again, and wait 30 s for latecomers (RDZV_CONF).
-# - To end it: SIGTERM to torchrun on every machine. A signal to one rank ends all of them, and torchrun starts them again.
+# - To end it: SIGTERM to torchrun on every machine. A signal to a rank ends all ranks, and torchrun starts them again.
 # - torchrun cannot tell a fault that will come again (exit code 2): it tries that RESTARTS times as well.
 set -euo pipefail
 
@@ -22,7 +22,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Or ranks that start again find the addresses of those before them in the store that torchrun shares between starts,
 # and wait for ever (pytorch#135712; with torch 2.14.1 about every third restart here).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}" # torchrun's own: 30 s to save after a signal
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}" # s to save after a signal; else 30
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes "${NODES:-1}" --nproc-per-node "${PROCESSES:-1}" --max-restarts "${RESTARTS:-10}" \
     --rdzv-backend c10d --rdzv-endpoint "${RDZV:-localhost:0}" --rdzv-id "${JOB:-selfsup}" \

@@ -2,9 +2,9 @@
 
 python -m selfsup.carry_on CONFIG [--section.key value ...] [--init-from DIR] [--as-seed N]
 
-As `selfsup train`, but where the run folder holds this very run already, it is resumed, and a finished one is left
-as it is. For torchrun with restarts, SLURM's requeue, Kubernetes and spot machines (see launch/). All ranks
-decide alike: none writes to the run folder before all have met.
+As `selfsup train`, but where the run folder holds this very run already, it is resumed, and a finished one is
+left as it is. For torchrun with restarts, SLURM's requeue, Kubernetes and spot machines (see launch/). All
+ranks decide alike: none writes to the run folder before all have met.
 
 --as-seed N: seed N, in the folder seed-N of the recipe's run.dir; for arrays of jobs.
 """
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = command_for(options.config, overrides, options.init_from, options.as_seed)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":  # the others find the same
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+            lines = [f"error: {line}" for line in str(error).splitlines()]
+            print("\n".join(lines), file=sys.stderr, flush=True)
         return 2
     return 0 if command is None else train.main(command)
 
@@ -87,7 +88,10 @@ def flat(content: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict as one of dotted keys; lists stay whole."""
     if not isinstance(content, dict):
         return {prefix: content}
-    return {k: v for key, value in content.items() for k, v in flat(value, f"{prefix}{'.' * bool(prefix)}{key}").items()}
+    result: dict[str, Any] = {}
+    for key, value in content.items():
+        result |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return result
 
 
 def changeable(overrides: list[str]) -> list[str]:

@@ -11,8 +11,8 @@ The recipe is checked before anything starts. The plain command is printed, then
 --carry-on      start the run, or go on with it: for scripts that are started again
 --dry-run       check, print the command, start nothing
 
-sbatch reads what else a job needs from its variables: SBATCH_TIMELIMIT=12:00:00, SBATCH_PARTITION=..., SBATCH_ACCOUNT=...
-Exit code, local: that of the run, 0 finished, 2 a fault, 75 interrupted. slurm: sbatch's, once the job is queued.
+sbatch reads what else a job needs from its variables: SBATCH_TIMELIMIT=12:00:00, SBATCH_PARTITION=...
+Exit code, local: that of the run, 0 finished, 2 a fault, 75 interrupted; slurm: sbatch's, when it is queued.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.where == "slurm":
         if shutil.which(command[0]) is None:
-            raise ValueError("sbatch: not found on this machine; start this where jobs are submitted, or --where local")
+            raise ValueError("sbatch: not found here; start this where jobs are submitted, or use --where local")
         return subprocess.run(command, env={**os.environ, **env}).returncode
     os.environ.update(env)
     if options.processes == 1:
@@ -85,39 +85,46 @@ def check(recipe: Recipe, where: str, processes: int, nodes: int) -> None:
     if processes < 1 or nodes < 1:
         raise ValueError(f"--processes, --nodes: expected values >= 1, got {processes} and {nodes}")
     if where == "local" and nodes > 1:
-        raise ValueError("--nodes: this machine is one; use --where slurm, or launch/nodes.yaml on each machine")
+        raise ValueError("--nodes: this machine is one; use --where slurm, or launch/nodes.yaml on each")
     world = processes * nodes
     if recipe.run.expect_processes not in (None, world):
-        raise ValueError(f"run.expect_processes: expected {world} = --processes x --nodes, got {recipe.run.expect_processes}")
+        raise ValueError(
+            f"run.expect_processes: expected {world} = --processes x --nodes, got {recipe.run.expect_processes}"
+        )
     size = recipe.optim.batch_size
-    BatchPlan(global_batch=size, micro_batch=recipe.run.micro_batch or max(1, size // world), rank=0, world=world)
+    micro = recipe.run.micro_batch or max(1, size // world)
+    BatchPlan(global_batch=size, micro_batch=micro, rank=0, world=world)
 
 
 def check_folder(run: Path, resume: bool, carry_on: bool) -> None:
-    """Raises ValueError where the run folder holds a run and should not, as train does, or the other way round."""
+    """Raises ValueError where the run folder holds a run and should not, as train does, or the reverse."""
     if resume and not holds_run(run):
         raise ValueError(f"--resume: {run} holds no run to go on with; leave it out")
     if not resume and not carry_on and list(run.glob("checkpoints/step-*")):
-        raise ValueError(f"run.dir: {run} already holds a run; continue it with --resume, or choose another --run.dir")
+        raise ValueError(
+            f"run.dir: {run} already holds a run; continue it with --resume, or choose another --run.dir"
+        )
 
 
 def local_command(words: list[str], processes: int, again: bool) -> tuple[dict[str, str], list[str]]:
-    """Variables and command of a run on this machine. Several processes share its cores, unless OMP_NUM_THREADS
-    is set: each would otherwise start a thread for every core, or, under torchrun, a single one."""
+    """Variables and command of a run on this machine. Several processes share its cores, unless
+    OMP_NUM_THREADS is set: under torchrun each would otherwise have a single thread."""
     module = "selfsup.carry_on" if again else "selfsup.train"
     tail = ["-m", module, *words, "--run.expect-processes", str(processes)]
     if processes == 1:
         return {}, [sys.executable, *tail]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env = {name: os.environ.get(name, value) for name, value in (
-        ("OMP_NUM_THREADS", str(max(1, cores // processes))), ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE)
-    )}  # fmt: skip
-    print(f"threads    {env['OMP_NUM_THREADS']} for each of {processes} processes, {cores} cores; OMP_NUM_THREADS sets it")
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": GRACE}
+    env = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    threads = env["OMP_NUM_THREADS"]
+    print(f"threads    {threads} for each of {processes} processes, {cores} cores; OMP_NUM_THREADS sets it")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return env, [*command, "--signals-to-handle", SIGNALS, *tail]
 
 
-def slurm_command(recipe: Recipe, words: list[str], processes: int, nodes: int) -> tuple[dict[str, str], list[str]]:
+def slurm_command(
+    recipe: Recipe, words: list[str], processes: int, nodes: int
+) -> tuple[dict[str, str], list[str]]:
     """Variables and command that submit the job; it runs under this interpreter."""
     if not SCRIPT.exists():
         raise ValueError(
@@ -132,8 +139,8 @@ def slurm_command(recipe: Recipe, words: list[str], processes: int, nodes: int) 
 
 
 def under_torchrun(arguments: list[str], run: Path) -> int:
-    """Becomes torchrun: no process more, and signals come where they should. Returns the run's exit code, which
-    torchrun makes 1 of: 75 where this start wrote the outcome `interrupted`, else that of the rank that failed first."""
+    """Becomes torchrun: no process more, and signals come where they should. Returns the run's exit code (torchrun
+    makes 1 of all): 75 where this start wrote the outcome `interrupted`, else that of the first rank that failed."""
     before = changed(run)
     try:
         torchrun.main(arguments)

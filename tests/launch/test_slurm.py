@@ -1,5 +1,5 @@
-"""launch/slurm.sbatch on a real SLURM of one node: interrupted in every way SLURM knows, the run ends as one never
-stopped, bit for bit."""
+"""launch/slurm.sbatch on a real SLURM of one node: however it is interrupted, the run ends as one never stopped,
+bit for bit."""
 
 import json
 import os
@@ -28,21 +28,23 @@ class Cluster:
         python = folder / "python"
         python.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/launch/instrumented.py "$@"\n')
         python.chmod(0o755)
-        self.env = {**os.environ, "SLURM_CONF": str(slurm / "slurm.conf"), "OMP_NUM_THREADS": "1", "PYTHON": str(python)}
+        mine = {"SLURM_CONF": str(slurm / "slurm.conf"), "OMP_NUM_THREADS": "1", "PYTHON": str(python)}
+        self.env = {**os.environ, **mine}
 
     def call(self, *command, **env) -> str:
         done = subprocess.run(
-            [str(c) for c in command], env={**self.env, **env}, cwd=self.folder, capture_output=True, text=True, timeout=60
-        )
+            [str(c) for c in command], env={**self.env, **env}, cwd=self.folder,
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def submit(self, *options, run: str, overrides: tuple = (), config: Path | None = None, seconds: float = 1) -> str:
+    def submit(self, *options, run: str, overrides: tuple = (), seconds: float = 1) -> str:
         """Submits a run whose steps take `seconds` while the file FOLDER/RUN.slow is there; returns the job."""
         slow = self.folder / f"{run}.slow"
         slow.touch()
         test = json.dumps({"slow": str(slow), "seconds": seconds})
-        arguments = [config or self.config, "--run.dir", run, "--run.device", "cpu", *overrides]
+        arguments = [self.config, "--run.dir", run, "--run.device", "cpu", *overrides]
         return self.call("sbatch", "--parsable", *options, SCRIPT, *arguments, SELFSUP_TEST=test)
 
     def release(self, run: str) -> None:
@@ -55,7 +57,8 @@ class Cluster:
 
     def ends(self, job: str, seconds: float = 90) -> str:
         """The state in which a job ended."""
-        wait_for(lambda: self.of(job, "JobState") not in ("PENDING", "RUNNING", "COMPLETING"), seconds, pause=0.3)
+        going = ("PENDING", "RUNNING", "COMPLETING")
+        wait_for(lambda: self.of(job, "JobState") not in going, seconds, pause=0.3)
         return self.of(job, "JobState")
 
     def steps(self, run: str) -> int:
@@ -72,7 +75,8 @@ def cluster(tmp_path_factory):
     here = ROOT / "tools" / "slurm_here.sh"
     slurm = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's own folder: too long a name for munge's socket
     env = {**os.environ, "SLURM_HERE_CPUS": "16"}  # the jobs here mostly sleep
-    done = subprocess.run([str(here), "start", str(slurm)], env=env, capture_output=True, text=True, timeout=300)
+    start = [str(here), "start", str(slurm)]
+    done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=300)
     try:
         if done.returncode == 2:
             pytest.skip(done.stderr.strip())
@@ -115,7 +119,9 @@ def jobs(cluster, references):
         "cancelled": ["scancel", jobs["cancelled"]],
         "array/seed-4": ["scancel", "--signal=USR2", f"{jobs['array']}_4"],
     }
+    deadline = time.monotonic() + 150
     while incidents:
+        assert time.monotonic() < deadline, f"these do not train: {list(incidents)}\n{cluster.log(jobs['requeued'])}"
         for run in list(incidents):
             steps = cluster.steps(run)
             assert steps < 20, f"{run}: too late"
