@@ -34,7 +34,9 @@ FLOORS = {
     "guard": 11, "opening": 11,
     "dry_run": 13,
     "train": 14,
-    "cli": 15,
+    "carry_on": 15,
+    "launch": 16,
+    "cli": 17,
 }  # fmt: skip
 ONLY_IN = {
     "accelerate": {"start", "parallel", "opening", "train", "guard"},

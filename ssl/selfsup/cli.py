@@ -10,6 +10,7 @@ USAGE = """\
 usage: selfsup COMMAND ...
 
   train CONFIG [--key value ...]     pretrain; --resume DIR, --init-from DIR, --dry-run
+  launch CONFIG --processes N        train on several processes: --where local, or slurm with --nodes M
   runs [FOLDER]                      the runs under a folder: state, step, loss, probe, time, cost; --json FILE
   probe RUN [RUN ...]                score frozen features: weighted kNN and logistic regression
   probe linear RUN [RUN ...]         MAE's linear probe; --mode paper augments, --seeds 0 1 2
@@ -52,6 +53,10 @@ def main() -> int:
                 from selfsup.train import main as train
 
                 return train(rest)
+            case ["launch", *rest]:
+                from selfsup.launch import main as launch
+
+                return launch(rest)
             case ["runs", *rest]:
                 from selfsup.runs import main_runs
 

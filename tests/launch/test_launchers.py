@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from running import (
     wait_for,
     write_config,
 )
+from selfsup.recipe import load_recipe
+from selfsup.stop import INTERRUPTED
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +185,14 @@ def test_sigterm_to_torchrun_saves_once_on_all_ranks(bench):
     )  # torchrun's own traceback is
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda p: p.stem)
+RECIPES = ("kubernetes", "skypilot")  # not Accelerate's
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted((ROOT / "launch").glob("*.yaml")) if p.stem not in RECIPES],
+    ids=lambda p: p.stem,
+)
 def test_launch_files_parse(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -190,3 +200,67 @@ def test_launch_files_parse(path):
     content = yaml.safe_load(path.read_text())
     assert loaded.num_processes == content["num_processes"] and path.read_text().startswith("#")
     assert content["mixed_precision"] == "no"  # precision belongs to the recipe
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu8", "nodes", "fsdp2"])
+def test_the_commands_in_launch_files_are_ones_that_train_takes(name, bench):
+    """Their overrides make a recipe; the number of processes is the file's."""
+    text = (ROOT / "launch" / f"{name}.yaml").read_text()
+    joined = text.replace("\\\n#", " ")
+    (command,) = [line for line in joined.splitlines() if "accelerate launch" in line]
+    words = command.split(" -m selfsup.train CONFIG ")[1].split()
+    recipe = load_recipe(bench[1], ["--run.dir", "r", *words])
+    assert recipe.run.device == "cuda"
+    assert recipe.run.expect_processes in (None, yaml.safe_load(text)["num_processes"])
+    assert recipe.run.parallel == ("fsdp2" if name == "fsdp2" else "ddp")
+
+
+def documents(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((ROOT / "launch" / f"{name}.yaml").read_text()))
+
+
+def test_the_kubernetes_job():
+    """Parsed only: names, numbers and limits that must agree do."""
+    service, job = documents("kubernetes")
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert (job["apiVersion"], job["kind"], spec["completionMode"]) == ("batch/v1", "Job", "Indexed")
+    assert service["spec"]["clusterIP"] == "None" and pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    assert pod["restartPolicy"] == "Never" and spec["podReplacementPolicy"] == "Failed"  # as podFailurePolicy wants
+    (container,) = pod["containers"]
+    env = {item["name"]: item["value"] for item in container["env"]}
+    assert spec["completions"] == spec["parallelism"] == int(env["NODES"])
+    assert env["RDZV"].split(":")[0] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert int(env["PROCESSES"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    ignored, failing = spec["podFailurePolicy"]["rules"]
+    assert (ignored["action"], ignored["onPodConditions"]) == ("Ignore", [{"type": "DisruptionTarget"}])
+    assert failing["onExitCodes"]["containerName"] == container["name"]
+    script = ROOT / container["command"][0]
+    assert os.access(script, os.X_OK) and all(f"${{{name}:-" in script.read_text() for name in env)
+    grace = int(script.read_text().split("TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-")[1].split("}")[0])
+    assert pod["terminationGracePeriodSeconds"] > grace
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert volumes.keys() == mounts.keys() and mounts["shm"] == "/dev/shm"
+    assert container["args"][2].startswith(mounts["shared"] + "/")
+
+
+def test_the_skypilot_job():
+    """Parsed only."""
+    (job,) = documents("skypilot")
+    assert job["resources"]["use_spot"] and job["resources"]["job_recovery"]["recover_on_exit_codes"] == [INTERRUPTED]
+    assert (ROOT / job["envs"]["CONFIG"]).exists() and (ROOT / job["setup"].strip()).exists()
+    (folder,) = job["file_mounts"]
+    words = shlex.split(job["run"].replace("\\\n", " "))
+    assert words[:2] == [".venv/bin/selfsup", "launch"] and "--carry-on" in words
+    assert words[words.index("--run.dir") + 1].startswith(folder + "/")
+
+
+@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "launch").iterdir() if p.suffix in (".sh", ".sbatch")))
+def test_scripts_are_bash(path):
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+
+
+def test_the_readme_names_every_file():
+    text = (ROOT / "launch" / "README.md").read_text()
+    assert [p.name for p in (ROOT / "launch").iterdir() if p.name != "README.md" and p.name not in text] == []
