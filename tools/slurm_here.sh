@@ -11,7 +11,7 @@ set -euo pipefail
 
 verb="${1:-}"
 folder="$(realpath --canonicalize-missing "${2:-/tmp/slurm-here}")"
-cpus="${SLURM_HERE_CPUS:-$(nproc)}"
+cpus="${SLURM_HERE_CPUS:-$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)}" # nproc would heed these
 host="$(hostname -s)"
 
 fail() {

@@ -158,7 +158,7 @@ def here(folder: Path, apt: str | None = None, **options) -> str:
     """What tools/slurm_here.sh says when it must refuse, on a machine with nothing but the commands it needs."""
     programs = folder / "programs"
     programs.mkdir(parents=True)
-    for name in ("id", "nproc", "hostname", "realpath", "mkdir", "chmod", "tail"):
+    for name in ("id", "env", "nproc", "hostname", "realpath", "mkdir", "chmod", "tail"):
         (programs / name).symlink_to(shutil.which(name))
     if apt is not None:
         (programs / "apt-get").write_text(f"#!/bin/bash\n{apt}\n")
