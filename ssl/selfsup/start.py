@@ -205,6 +205,12 @@ def resume(source: Path, state: TrainState) -> TrainState:
                 f"{key}: this run was started with another {fact}: expected {restored.facts.get(fact)}, got "
                 f"{state.facts.get(fact)}; put the original shards back, or start anew with --init-from"
             )
+    steps = dist.sum_over_ranks(float(restored.step))[0]
+    if steps != dist.world_size() * restored.step:  # a network file system may show each another newest one
+        raise ValueError(
+            f"--resume: the processes do not see the same checkpoint, this one {source} (step {restored.step}); name one "
+            f"of RUN/checkpoints, or wait until all machines see the newest"
+        )
     say(f"resuming {source} at step {restored.step}")
     return restored._replace(facts=state.facts)
 

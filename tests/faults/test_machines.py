@@ -9,7 +9,10 @@ import shutil
 
 import pytest
 
+from ranks import on_ranks
 from running import Server, final_state, losses, make_shards, read_trace, write_config
+from selfsup import checkpoint, dist, start
+from selfsup.checkpoint import TrainState
 from text_runs import make_token_shards, write_text_config
 
 STOP = 9  # the step that a run goes on from
@@ -108,3 +111,18 @@ def test_goes_on_elsewhere(bench, kind, start, to):
 def test_on_the_same_machine_bit_for_bit(bench, where):
     before, after = bench.whole("mae", where), bench.moved("mae", where, where)
     assert losses(after) == losses(before) and final_state(after) == final_state(before)
+
+
+def test_processes_that_see_different_checkpoints_are_refused(tmp_path, monkeypatch):
+    """As on a network file system that shows one machine the newest checkpoint later than another."""
+
+    def check(apart):
+        monkeypatch.setattr(checkpoint, "restore", lambda source, state: state._replace(step=5 + apart * dist.rank()))
+        try:
+            return start.resume(tmp_path, TrainState(None, None, None, None, 0, 0, {})).step
+        except ValueError as error:
+            return str(error)
+
+    assert on_ranks(2, functools.partial(check, 0), tmp_path) == [5, 5]
+    for said in on_ranks(2, functools.partial(check, 1), tmp_path):
+        assert "do not see the same checkpoint" in said
