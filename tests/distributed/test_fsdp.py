@@ -28,7 +28,7 @@ KINDS = {  # name: (how its config is made, options)
     "resnet": ("resnet", []),
     "mlm": ("mlm", ["--optim.clip-grad-norm", 0.5]),
     "pairs": ("pairs", []),
-    "clm": ("clm", []),
+    "clm": ("clm", ["--run.micro-batch", 2]),
 }
 TEXT = {
     "mlm": ("{name: mlm}", "", "packing: pad"),
