@@ -66,7 +66,7 @@ def problem(form: str, runs: Runs) -> Problem:
             form, law.tied_model(x, y), bounds, lambda l, w, k: starts(x, y, l, w, k, tied=True)[..., :4], tied_values
         )  # fmt: skip
     if form == "kaplan":
-        bounds = np.array([[1e-12, 1e-12, low, low], [np.inf, np.inf, high / low, high]])
+        bounds = np.array([[1e-12, 1e-12, low, low], [np.inf, np.inf, 20.0, high]])
 
         def kaplan_values(theta: np.ndarray) -> Values:
             A, B, ratio, power = theta.T

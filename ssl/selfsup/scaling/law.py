@@ -15,7 +15,7 @@ Model = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 EXPONENT_RANGE = (0.003, 4.0)
 """Where the solver looks for exponents: strictly positive. An exponent at either end is refused."""
-_TINY = 1e-300
+_TINY = 1e-100
 
 CHINCHILLA = ("E", "A", "B", "alpha", "beta")
 KAPLAN = ("Nc", "Dc", "alpha_N", "alpha_D")
@@ -116,7 +116,7 @@ def kaplan_model(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Mode
 
     def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         A, B, ratio, power = (theta[:, i, None] for i in range(4))
-        by_size, by_data = np.exp(-ratio * x), np.exp(-y)[None]
+        by_size, by_data = np.exp(np.clip(-ratio * x, -200.0, 200.0)), np.exp(-y)[None]
         inner = np.maximum(A * by_size + B * by_data, _TINY)
         J = np.empty((len(theta), 4, len(x)))
         J[:, 0], J[:, 1] = power * by_size / inner, power * by_data / inner
@@ -158,7 +158,7 @@ def broken_model(x: Float[np.ndarray, " n"]) -> Model:
         f = np.exp(log_f)
         z = (x - d) / f
         bend, share = np.logaddexp(0.0, z), 1.0 / (1.0 + np.exp(-np.clip(z, -500.0, 500.0)))
-        curve = np.exp(np.clip(-c0 * x - c1 * f * bend, -300.0, 300.0))
+        curve = np.exp(np.clip(-c0 * x - c1 * f * bend, -200.0, 200.0))
         loss = np.maximum(a + b * curve, _TINY)
         J = np.empty((len(theta), 6, len(x)))
         J[:, 0], J[:, 1] = 1.0 / loss, curve / loss

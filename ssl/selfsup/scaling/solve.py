@@ -39,12 +39,12 @@ def solve(
     weights: Float[np.ndarray, "r n"],
     bounds: Float[np.ndarray, "2 p"],
     delta: float = DELTA,
-    max_steps: int = 300,
+    max_steps: int = 1000,
 ) -> Solved:
     """Minimises sum_i w_i Huber(log L_i - log Lhat_i) for each of R starts, within bounds.
 
     `log_loss` and `weights` may have one row for all. A fit has converged where no step within the bounds
-    promises to lower the objective by more than 1e-9 of it.
+    promises to lower the objective by more than 1e-9 of it (or the residuals are rounding).
     """
     rows = max(1, _BLOCK // (log_loss.shape[1] * theta.shape[1]))
     parts = []
@@ -84,26 +84,21 @@ def _descend(
     max_steps: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Damped Gauss-Newton at one threshold; fits that are done are taken out of the batch."""
-    count, p = theta.shape
+    count = len(theta)
     theta, low, high = theta.copy(), bounds[0], bounds[1]
     damping = np.full(count, 0.1)
     done, steps = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.int64)
+    total = w.sum(1)
     f, J = model(theta)
     objective = (w * huber(y - f, delta)).sum(1)
     left = np.arange(count)
-    eye = np.eye(p)
     for _ in range(max_steps):
         g, H, M = _curvature(y[left] - f, J, w[left], delta)
         at = theta[left]
         fixed = ((at <= low) & (g > 0)) | ((at >= high) & (g < 0))
-        free = ~fixed
-        g = np.where(fixed, 0.0, g)
-        scale = np.einsum("rpp->rp", M)
-        pair = free[:, :, None] & free[:, None, :]
-        ridge = eye * np.where(fixed, 1.0, 1e-12 * scale + 1e-30)[:, :, None]
-        step = -_solved(np.where(pair, H + damping[left, None, None] * M, 0.0) + ridge, g)
-        promise = -0.5 * (g * -_solved(np.where(pair, H + 1e-3 * M, 0.0) + ridge, g)).sum(1)
-        ended = promise <= 1e-9 * objective[left] + 1e-300
+        step = _bounded_step(H + damping[left, None, None] * M, g, at, fixed, bounds)
+        promise = 0.5 * (np.where(fixed, 0.0, g) * _solved(H + 1e-3 * M, np.where(fixed, 0.0, g), fixed)).sum(1)
+        ended = promise <= 1e-9 * objective[left] + 1e-22 * total[left]
         done[left[ended]] = True
         if ended.all():
             break
@@ -133,13 +128,26 @@ def _curvature(
     return g, H, M
 
 
-def _solved(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Solves each p x p system after scaling its diagonal to one; least squares where one is singular."""
+def _bounded_step(
+    K: np.ndarray, g: np.ndarray, at: np.ndarray, fixed: np.ndarray, bounds: np.ndarray
+) -> np.ndarray:
+    """The step -K^-1 g within the bounds: a parameter that would cross its bound goes onto it, and the others take
+    their step given that (clipping alone need not lower the objective)."""
+    target = np.zeros_like(g)
+    for _ in range(at.shape[1]):
+        step = _solved(K, -g - (K @ target[:, :, None])[:, :, 0], fixed) + target
+        crossing = ~fixed & ((at + step < bounds[0]) | (at + step > bounds[1]))
+        if not crossing.any():
+            break
+        target = np.where(crossing, np.clip(at + step, *bounds) - at, target)
+        fixed = fixed | crossing
+    return step
+
+
+def _solved(matrix: np.ndarray, right: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """Solves each p x p system in its free parameters, the diagonal scaled to one; 0 for the fixed ones."""
+    free = ~fixed
     root = np.sqrt(np.maximum(np.einsum("rpp->rp", matrix), 1e-300))
-    scaled = matrix / (root[:, :, None] * root[:, None, :])
-    target = (right / root)[:, :, None]
-    try:
-        found = np.linalg.solve(scaled, target)
-    except np.linalg.LinAlgError:
-        found = np.linalg.pinv(scaled, hermitian=True) @ target
-    return found[:, :, 0] / root
+    scaled = np.where(free[:, :, None] & free[:, None, :], matrix / (root[:, :, None] * root[:, None, :]), 0.0)
+    scaled += np.eye(right.shape[1]) * np.where(fixed, 1.0, 1e-12)[:, :, None]
+    return np.linalg.solve(scaled, np.where(fixed, 0.0, right / root)[:, :, None])[:, :, 0] / root
