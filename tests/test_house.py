@@ -26,7 +26,7 @@ FLOORS = {
     "checkpoint": 7,
     "conformance": 9,
     "run_folder": 8, "export": 8, "text": 8,
-    "probe": 9, "look": 9, "doctor": 9,
+    "probe": 9, "look": 9, "doctor": 9, "scaling": 9,
     "start": 10,
     "dry_run": 11,
     "train": 12,

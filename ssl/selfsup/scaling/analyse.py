@@ -57,9 +57,16 @@ def analyse(
         {
             **about(runs), "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
             "starts": found.tried, "starts_agreed": int(found.agreed[0]), "steps": int(found.solved.steps[0]),
+            "residual_sd": residual_spread(runs, predict(form, values, runs.params, runs.samples)),
         },
         anchor, {name: value.tolist() for name, value in draws.items() if name not in ("a", "b")}, profiles_json(curves),
+        rows_json(runs),
     )  # fmt: skip
+
+
+def residual_spread(runs: Runs, predicted: np.ndarray) -> float:
+    """Robust standard deviation (1.4826 times the median size) of the residuals of log loss."""
+    return 1.4826 * float(np.median(np.abs(np.log(runs.loss) - np.log(predicted))))
 
 
 def _draws(
@@ -102,3 +109,9 @@ def profiles_json(found: Isoflop) -> list[dict[str, Any]]:
     return rows
 
 
+
+
+def rows_json(runs: Runs) -> dict[str, list[float]]:
+    """The rows that were fitted, for pictures."""
+    names = ("params", "samples", "flops", "loss") + (("unique",) if runs.unique is not None else ())
+    return {name: getattr(runs, name).tolist() for name in names}

@@ -98,8 +98,8 @@ def fit(
     best = objective.argmin(1)
     rows = np.arange(len(best))
     picked = Solved(*(np.stack(column, axis=1)[rows, best] for column in zip(*tries)))
-    floor = picked.objective[:, None]
-    agreed = (objective <= floor * (1 + 1e-6) + 1e-300).sum(1)
+    rounding = 1e-9 * delta**2 * log_loss.shape[1]  # exact data: objectives that differ by rounding are one
+    agreed = (objective <= picked.objective[:, None] * (1 + 1e-6) + rounding).sum(1)
     return Fitted(picked, agreed, len(tries))
 
 

@@ -23,7 +23,7 @@ class Result:
     coefficients: by name, unrounded. exponents: a, b of the compute-optimal N and D (empty for bnsl).
     intervals: {name: [low, high, level]}; None for an end that is not bounded. draws: coefficients of each
     resample. extrapolation: errors on held-out larger runs beside a naive baseline, or None. about: the table,
-    rows, what was dropped, ranges, settings. anchor: N, D and the loss predicted there, to notice edited files.
+    rows, what was dropped, ranges, settings. profiles and rows: what pictures show. anchor: N, D and the loss predicted there, to notice edited files.
     """
 
     form: str
@@ -38,6 +38,7 @@ class Result:
     anchor: dict[str, float]
     draws: dict[str, list[float]] = field(default_factory=dict)
     profiles: list[dict[str, Any]] = field(default_factory=list)
+    rows: dict[str, list[float]] = field(default_factory=dict)
 
     def values(self) -> dict[str, np.ndarray]:
         """The draws as arrays, (R,) each; without any, the coefficients alone."""

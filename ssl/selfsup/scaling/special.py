@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from selfsup.scaling import law
-from selfsup.scaling.analyse import LEVEL, about, analyse, profiles_json
+from selfsup.scaling.analyse import LEVEL, about, analyse, profiles_json, residual_spread, rows_json
 from selfsup.scaling.bootstrap import bootstrap, interval, intervals, resample_weights
 from selfsup.scaling.broken import MIN_RUNS, broken_problem
 from selfsup.scaling.check import check_extrapolation, check_isoflop
@@ -100,8 +100,10 @@ def analyse_repeats(
         {**outside._asdict(), "error_of": "loss", "baseline": "the base law, repeats counted as fresh data"} if outside else None,
         findings_json(warnings), findings_json(refused),
         {**about(runs), "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
+         "residual_sd": residual_spread(runs, np.exp(task.model(found.solved.theta)[0][0])),
          "within_2_percent": {name: list(ends) for name, ends in bounded.items()}},
         {**at, "loss": loss}, {name: value.tolist() for name, value in {**base_draws, **draws}.items()} if draws else {},
+        rows=rows_json(runs),
     )  # fmt: skip
 
 
@@ -154,12 +156,14 @@ def analyse_broken(runs: Runs, axis: str, resamples: int = 1000, seed: int = 0, 
     findings += check_extrapolation(outside)
     warnings, refused = split(findings)
     x = float(runs.samples.max())
-    facts = {**about(runs), "axis": axis, "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed}
+    facts = {**about(runs), "axis": axis, "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
+             "residual_sd": residual_spread(runs, law.broken(**values, x=runs.samples))}
     return Result(
         "bnsl", values, {}, intervals(draws, LEVEL) if draws else {}, float(found.solved.objective[0]),
         {**outside._asdict(), "error_of": "loss", "baseline": "a power law of the axis, least squares"} if outside else None,
         findings_json(warnings), findings_json(refused), facts,
         {"x": x, "loss": float(law.broken(**values, x=x))}, {name: value.tolist() for name, value in draws.items()},
+        rows=rows_json(runs),
     )  # fmt: skip
 
 
@@ -200,7 +204,7 @@ def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0, vocab: int
         "isoflop", values, {"a": values["a"], "b": values["b"]}, intervals(arrays, LEVEL) if arrays else {},
         0.0, outside, findings_json(warnings), findings_json(refused),
         {**about(runs), "resamples": resamples, "unconverged": failed, "seed": seed, **shown},
-        {"flops": largest, "loss": float(values["L0"] * largest ** values["c"])}, draws, profiles_json(curves),
+        {"flops": largest, "loss": float(values["L0"] * largest ** values["c"])}, draws, profiles_json(curves), rows_json(runs),
     )  # fmt: skip
 
 
