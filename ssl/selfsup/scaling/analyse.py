@@ -10,13 +10,14 @@ from selfsup.scaling.check import (
     check_draws,
     check_extrapolation,
     check_fit,
-    check_isoflop,
 )
+from selfsup.scaling.check_isoflop import check_isoflop
 from selfsup.scaling.design import check_design
 from selfsup.scaling.extrapolate import BASELINE, Extrapolation, extrapolation
 from selfsup.scaling.finding import Finding, split
-from selfsup.scaling.fit import exponents, fit_runs, predict, problem
+from selfsup.scaling.fit import Problem, exponents, fit_runs, predict, problem
 from selfsup.scaling.isoflop import Isoflop, isoflop
+from selfsup.scaling.profile import profile
 from selfsup.scaling.result import Result, findings_json
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
@@ -37,7 +38,11 @@ def analyse(
     """
     values, found = fit_runs(form, runs, delta)
     task = problem(form, runs)
-    findings = [*(before or []), *check_design(runs, form, vocab), *check_fit(form, runs, task, values, found, delta)]
+    findings = [
+        *(before or []),
+        *check_design(runs, form, vocab),
+        *check_fit(form, runs, task, values, found, delta),
+    ]
     draws, unconverged = _draws(form, task, runs, found.solved.theta, resamples, seed, delta)
     if draws:
         findings += check_draws(draws, unconverged, int(runs.cluster.max()) + 1, float(runs.loss.min()))
@@ -50,18 +55,40 @@ def analyse(
     warnings, refused = split(findings)
     largest = int(runs.flops.argmax())
     at = {"params": float(runs.params[largest]), "samples": float(runs.samples[largest])}
-    anchor = {**at, "loss": float(predict(form, values, **{key: np.array(value) for key, value in at.items()}))}
+    anchor = {
+        **at,
+        "loss": float(predict(form, values, **{key: np.array(value) for key, value in at.items()})),
+    }
     return Result(
         form, values, {"a": a, "b": b}, intervals(draws, LEVEL) if draws else {}, float(found.solved.objective[0]),
         extrapolation_json(outside), findings_json(warnings), findings_json(refused),
         {
             **about(runs), "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
             "starts": found.tried, "starts_agreed": int(found.agreed[0]), "steps": int(found.solved.steps[0]),
+            "profiles": profiles_of(form, task, runs, found.solved.theta, delta),
             "residual_sd": residual_spread(runs, predict(form, values, runs.params, runs.samples)),
         },
         anchor, {name: value.tolist() for name, value in draws.items() if name not in ("a", "b")}, profiles_json(curves),
         rows_json(runs),
     )  # fmt: skip
+
+
+def profiles_of(
+    form: str, task: Problem, runs: Runs, theta: np.ndarray, delta: float
+) -> dict[str, dict[str, list[float]]]:
+    """The least objective along E and the exponents, for the laws that have them."""
+    if form == "kaplan":
+        return {}
+    least, curves = float(runs.loss.min()), {}
+    grids = {"E": (0, np.linspace(0.0, least, 25)), "alpha": (3, np.geomspace(0.03, 2.0, 25))}
+    if form == "chinchilla":
+        grids["beta"] = (4, np.geomspace(0.03, 2.0, 25))
+    ones = np.ones((1, len(runs)))
+    others = np.concatenate([theta, task.begin(np.log(runs.loss)[None], ones, 2)[0]])
+    for name, (which, values) in grids.items():
+        curve = profile(task, np.log(runs.loss), which, values, others, delta)
+        curves[name] = {"value": values.tolist(), "objective": curve.objective.tolist()}
+    return curves
 
 
 def residual_spread(runs: Runs, predicted: np.ndarray) -> float:
@@ -70,7 +97,7 @@ def residual_spread(runs: Runs, predicted: np.ndarray) -> float:
 
 
 def _draws(
-    form: str, task: Any, runs: Runs, theta: np.ndarray, resamples: int, seed: int, delta: float
+    form: str, task: Problem, runs: Runs, theta: np.ndarray, resamples: int, seed: int, delta: float
 ) -> tuple[dict[str, np.ndarray], int]:
     """Coefficients and exponents of each resample, and how many fits did not converge. None with 0 resamples."""
     if not resamples:
@@ -102,13 +129,11 @@ def extrapolation_json(found: Extrapolation | None) -> dict[str, Any] | None:
 def profiles_json(found: Isoflop) -> list[dict[str, Any]]:
     """The isoFLOP curves, for pictures."""
     rows = []
-    for profile in found.profiles:
-        row = profile._asdict()
+    for curve in found.profiles:
+        row = curve._asdict()
         row.update({name: row[name].tolist() for name in ("params", "loss", "samples")})
         rows.append(row)
     return rows
-
-
 
 
 def rows_json(runs: Runs) -> dict[str, list[float]]:

@@ -50,6 +50,13 @@ def broken_problem(runs: Runs) -> Problem:
     def coefficients(theta: np.ndarray) -> Values:
         a, b, first, second, log_d, log_f = theta.T
         d1 = np.exp(log_d + mean)
-        return {"a": a, "b": b * np.exp(first * mean), "c0": first, "c1": second, "d1": d1, "f1": np.exp(log_f)}
+        return {
+            "a": a,
+            "b": b * np.exp(first * mean),
+            "c0": first,
+            "c1": second,
+            "d1": d1,
+            "f1": np.exp(log_f),
+        }
 
     return Problem("bnsl", law.broken_model(x), bounds, begin, coefficients)

@@ -4,6 +4,7 @@ The limits are ours; what stands behind them is in docs/scaling.md.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from scipy import stats
@@ -13,7 +14,6 @@ from selfsup.scaling.bootstrap import interval
 from selfsup.scaling.extrapolate import Extrapolation, condition_number
 from selfsup.scaling.finding import Finding
 from selfsup.scaling.fit import Fitted, Problem, exponents, fit, fit_runs, predict
-from selfsup.scaling.isoflop import Isoflop, isoflop
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
 
@@ -30,6 +30,7 @@ def check_fit(
         *_trends(runs, residual),
         *_outliers(runs, residual),
         *_same_run(runs, residual),
+        *_curves(runs, residual),
         *_sensitivity(form, runs, task, values, found, residual, delta),
     ]
 
@@ -70,7 +71,9 @@ def _bounds(form: str, runs: Runs, values: Mapping[str, float]) -> list[Finding]
         reach = values[name] * (size.min() ** -values[exponent] - size.max() ** -values[exponent]) / least
         if reach < 1e-3:
             what = "parameters" if name == "A" else "data"
-            text = f"from the least to the most {what} the law falls by {reach:.2%}: it does not depend on them"
+            text = (
+                f"from the least to the most {what} the law falls by {reach:.2%}: it does not depend on them"
+            )
             found.append(Finding("no dependence", float(reach), 1e-3, text, refuses=True))
     return found
 
@@ -90,14 +93,19 @@ def _trends(runs: Runs, residual: np.ndarray) -> list[Finding]:
         if len(np.unique(axis)) < 12:
             continue
         cuts = np.quantile(axis, [1 / 3, 2 / 3])
-        thirds = [residual[axis <= cuts[0]], residual[(axis > cuts[0]) & (axis <= cuts[1])], residual[axis > cuts[1]]]
+        thirds = [
+            residual[axis <= cuts[0]],
+            residual[(axis > cuts[0]) & (axis <= cuts[1])],
+            residual[axis > cuts[1]],
+        ]
         chance = float(stats.kruskal(*thirds).pvalue)
         medians = [float(np.median(third)) for third in thirds]
         reach = max(medians) - min(medians)
         if chance < 1e-3 and reach > 2e-3:
             shown = ", ".join(f"{median:+.2%}" for median in medians)
             text = (
-                f"residuals depend on {name}: median {shown} in its lower, middle and upper third (by chance {chance:.1g}): "
+                f"residuals depend on {name}: median {shown} in its lower, middle and upper third "
+                f"(by chance {chance:.1g}): "
                 "the form is wrong there, or those runs are trained less well"
             )
             found.append(Finding(f"trend with {name}", chance, 1e-3, text))
@@ -112,7 +120,8 @@ def _outliers(runs: Runs, residual: np.ndarray) -> list[Finding]:
         return []
     lines = ", ".join(str(line) for line in runs.line[far][:6])
     text = (
-        f"{int(far.sum())} runs lie more than 10 robust standard deviations ({scale:.2%}) off the law, up to {size.max():.1%} "
+        f"{int(far.sum())} runs lie more than 10 robust standard deviations ({scale:.2%}) off the "
+        f"law, up to {size.max():.1%} "
         f"(lines {lines}): diverged, or of another setting?"
     )
     return [Finding("outliers", float(size.max() / max(scale, 1e-12)), 10, text)]
@@ -138,10 +147,38 @@ def _same_run(runs: Runs, residual: np.ndarray) -> list[Finding]:
     if alike <= 0.5:
         return []
     text = (
-        f"residuals of runs of one size are alike (correlation {alike:.2f} of their ranks): if they are checkpoints of one run, "
+        f"residuals of runs of one size are alike (correlation {alike:.2f} of their ranks): if "
+        "they are checkpoints of one run, "
         "name it with --cluster, else the intervals are too narrow"
     )
     return [Finding("correlated rows", float(alike), 0.5, text)]
+
+
+def _curves(runs: Runs, residual: np.ndarray) -> list[Finding]:
+    """Rows of one run: do its early points lie off the law, as those taken before a decaying schedule ends do?
+
+    The same asked as Qiu et al. 2025 (2507.02119) do: normalised by the law, do all curves collapse onto one?
+    """
+    if not runs.clustered:
+        return []
+    count = np.bincount(runs.cluster)
+    end = np.zeros(len(count))
+    np.maximum.at(end, runs.cluster, runs.samples)
+    part = runs.samples / end[runs.cluster]
+    same_size = np.array([np.ptp(np.log(runs.params[runs.cluster == c])) < 0.01 for c in range(len(count))])
+    rows = (count >= 3)[runs.cluster] & same_size[runs.cluster]
+    early, late = rows & (part < 0.6), rows & (part > 0.95)
+    if early.sum() < 6 or late.sum() < 3:
+        return []
+    rise = float(np.median(residual[early]) - np.median(residual[late]))
+    if abs(rise) <= 0.01:
+        return []
+    text = (
+        f"points before 60% of a run lie {rise:+.1%} off where its end lies: curves do not "
+        "collapse onto one law; points taken "
+        "before the learning rate has decayed are no runs of that length"
+    )
+    return [Finding("curves", abs(rise), 0.01, text)]
 
 
 def _sensitivity(
@@ -159,7 +196,13 @@ def _sensitivity(
     said = []
     names = (
         ("outlier influence", worst, delta, f"without the {count} runs farthest off the law", 0.03),
-        ("cheapest runs", cheap, delta, f"without the cheapest quarter ({int((cheap == 0).sum())} runs)", 0.05),
+        (
+            "cheapest runs",
+            cheap,
+            delta,
+            f"without the cheapest quarter ({int((cheap == 0).sum())} runs)",
+            0.05,
+        ),
         ("delta", np.ones(n), 10 * delta, f"with delta {10 * delta:g} in place of {delta:g}", 0.05),
     )
     for name, weights, threshold, what, limit in names:
@@ -178,7 +221,9 @@ def _sensitivity(
     return said
 
 
-def check_draws(draws: Mapping[str, np.ndarray], unconverged: int, clusters: int, least: float) -> list[Finding]:
+def check_draws(
+    draws: Mapping[str, np.ndarray], unconverged: int, clusters: int, least: float
+) -> list[Finding]:
     """What the bootstrap shows: a loose exponent, an irreducible loss that may be zero, failed resamples."""
     found = []
     resamples = len(draws["a"])
@@ -191,7 +236,10 @@ def check_draws(draws: Mapping[str, np.ndarray], unconverged: int, clusters: int
     low, high = interval(draws["a"], 0.95)
     if high - low > 0.1:
         loose = high - low > 0.4
-        text = f"a, the exponent of the optimal size, is between {low:.2f} and {high:.2f} (95%; {'0.4' if loose else '0.1'} or less wanted)"
+        text = (
+            f"a, the exponent of the optimal size, is between {low:.2f} and {high:.2f} (95%; "
+            f"{'0.4' if loose else '0.1'} or less wanted)"
+        )
         found.append(Finding("loose exponent", high - low, 0.4 if loose else 0.1, text, refuses=loose))
     if "E" in draws:
         low, high = interval(draws["E"], 0.95)
@@ -208,65 +256,25 @@ def check_extrapolation(found: Extrapolation | None) -> list[Finding]:
         return [Finding("no extrapolation", 0, 1, text)]
     mean, most = found.mean_error, found.max_error
     if mean > 0.05:
-        text = f"fitted without the largest runs, it misses them by {mean:.1%} on average, {most:.1%} at most (5% at most wanted)"
+        text = (
+            f"fitted without the largest runs, it misses them by {mean:.1%} on average, "
+            f"{most:.1%} at most (5% at most wanted)"
+        )
         return [Finding("extrapolation", mean, 0.05, text, refuses=True)]
     if mean > max(0.02, found.baseline_mean_error):
         text = (
-            f"fitted without the largest runs, it misses them by {mean:.1%} on average; a straight line in logarithms by "
+            f"fitted without the largest runs, it misses them by {mean:.1%} on average; a "
+            "straight line in logarithms by "
             f"{found.baseline_mean_error:.1%}"
         )
         return [Finding("extrapolation", mean, max(0.02, found.baseline_mean_error), text)]
     return []
 
 
-def check_isoflop(found: Isoflop, a: float | None, runs: Runs, own: bool) -> list[Finding]:
-    """Minima on the edge of the sizes, and approaches that disagree.
-
-    `a`: the exponent of the parametric law, to compare; `own`: the isoFLOP form itself is what was fitted.
-    """
-    said = []
-    profiles = found.profiles
-    if len(profiles) < 2:
-        if own:
-            text = f"{len(profiles)} budgets with at least 4 sizes: an exponent needs two, a doubt about it three"
-            said.append(Finding("few budgets", len(profiles), 3, text, refuses=True))
-        return said
-    edge = [p for p in profiles if p.at_edge or p.outside]
-    if edge:
-        share = len(edge) / len(profiles)
-        shown = ", ".join(f"{p.budget:.2g}" for p in edge[:5])
-        text = f"in {len(edge)} of {len(profiles)} budgets ({shown}) the minimum is at or beyond the smallest or largest size: recentre"
-        said.append(Finding("minimum on the edge", share, 0, text, refuses=own and share > 0.25))
-    if len(profiles) < 3:
-        text = f"{len(profiles)} budgets: no approach can doubt an exponent of two points"
-        return [*said, Finding("few budgets", len(profiles), 3, text)]
-    parabola, akima = float(found.parabola[1]), float(found.akima[1])
-    if abs(parabola - akima) > 0.05:
-        text = f"isoFLOP optima grow as C^{parabola:.2f} by parabolas, C^{akima:.2f} by Akima: curves are wide, lopsided or noisy"
-        said.append(Finding("parabola and Akima", abs(parabola - akima), 0.05, text, refuses=own and abs(parabola - akima) > 0.2))
-    trimmed = isoflop(runs, within=4.0)
-    if len(trimmed.profiles) >= 3 and abs(trimmed.parabola[1] - parabola) > 0.02:
-        text = (
-            f"parabolas through sizes within 4 times the lowest give a = {trimmed.parabola[1]:.2f} ({len(trimmed.profiles)} budgets), "
-            f"through all {parabola:.2f}: wide curves are no parabolas"
-        )
-        said.append(Finding("parabola width", float(abs(trimmed.parabola[1] - parabola)), 0.02, text))
-    if a is not None and np.isfinite(parabola):
-        others = [value for value in (parabola, akima) if np.isfinite(value)]
-        apart = max(abs(value - a) for value in others)
-        if apart > 0.05:
-            far = min(abs(value - a) for value in others) > 0.2
-            text = f"approaches disagree: a = {a:.2f} by the law, {parabola:.2f} by parabolas, {akima:.2f} by Akima"
-            said.append(Finding("approaches", apart, 0.2 if far else 0.05, text, refuses=far))
-    return said
-
-
 def check_counting(form: str, runs: Runs, a: float) -> list[Finding]:
     """Fits again with parameters counted otherwise: the exponent depends on the convention (by 0.3 in nanochat)."""
     if runs.also_params is None:
         return []
-    from dataclasses import replace
-
     other = float(exponents(form, fit_runs(form, replace(runs, params=runs.also_params))[0])[0])
     if abs(other - a) <= 0.05:
         return []

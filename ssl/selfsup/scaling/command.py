@@ -91,23 +91,32 @@ def main_fit(
     if not 0 < delta < math.inf:
         raise ValueError(f"--delta: expected a positive number, got {delta:g}")
     if 0 < resamples < 100:
-        raise ValueError(f"--resamples: expected 0 or at least 100 (a 95% interval's ends are 2.5% of them), got {resamples}")
+        raise ValueError(
+            f"--resamples: expected 0 or at least 100 (a 95% interval's ends are 2.5% of them), got {resamples}"
+        )
     _axes(form, params, samples, flops)
-    columns = Columns(params, loss, samples, flops, budget, cluster, unique, lr, steps, warmup, initial_loss, also_params)
+    columns = Columns(
+        params, loss, samples, flops, budget, cluster, unique, lr, steps, warmup, initial_loss, also_params
+    )
     runs = read_table(table, columns, where, flops_per)
     if drop_highest:
         runs = _without_highest(runs, drop_highest)
     runs, before = best_learning_rates(runs)
     match form:
         case "repeats":
-            result = analyse_repeats(runs, None if base is None else read_result(base), resamples, seed, delta)
+            result = analyse_repeats(
+                runs, None if base is None else read_result(base), resamples, seed, delta
+            )
         case "bnsl":
             result = analyse_broken(runs, params or samples or flops or "", resamples, seed, delta)
         case "isoflop":
             result = analyse_isoflop(runs, resamples, seed, vocab)
         case _:
             result = analyse(runs, form, resamples, seed, delta, vocab, before)
-    result.about["table"], result.about["command"] = table.name, "selfsup scaling fit " + shlex.join(sys.argv[3:])
+    result.about["table"], result.about["command"] = (
+        table.name,
+        "selfsup scaling fit " + shlex.join(sys.argv[3:]),
+    )
     if json is not None:
         write_result(result, json)
     show_result(result)
@@ -116,10 +125,17 @@ def main_fit(
 
 def _axes(form: str, params: str | None, samples: str | None, flops: str | None) -> None:
     """Raises ValueError where the columns are not those of the form."""
-    given = [flag for flag, name in (("--params", params), ("--samples", samples), ("--flops", flops)) if name is not None]
+    given = [
+        flag
+        for flag, name in (("--params", params), ("--samples", samples), ("--flops", flops))
+        if name is not None
+    ]
     if form == "bnsl":
         if len(given) != 1:
-            raise ValueError(f"--form bnsl has one axis: expected one of --params, --samples, --flops, got {' '.join(given) or 'none'}")
+            raise ValueError(
+                "--form bnsl has one axis: expected one of --params, --samples, --flops, got "
+                f"{' '.join(given) or 'none'}"
+            )
     elif params is None:
         raise ValueError(f"--form {form}: expected --params COL, the number of parameters of each run")
     elif len(given) < 2:
@@ -156,14 +172,21 @@ def show_result(result: Result) -> None:
         print(f"  {name:8} {_number(value):>12}   {_range(result.intervals.get(name))}")
     if about["resamples"]:
         what = "runs" if about["clustered"] else "rows"
-        print(f"  95% intervals from {about['resamples']} resamples of {about['runs']} {what}, {about['unconverged']} without an optimum")
+        print(
+            f"  95% intervals from {about['resamples']} resamples of {about['runs']} {what}, "
+            f"{about['unconverged']} without an optimum"
+        )
     if result.exponents:
-        print("  optimal N grows as C^a, D as C^b; take coefficients from --json: rounded ones predict other losses")
+        print(
+            "  optimal N grows as C^a, D as C^b; take coefficients from --json: rounded ones predict other losses"
+        )
     held = result.extrapolation
     if held is not None:
         print(
-            f"\nlargest runs held out ({held['held_out']} of {held['held_out'] + held['fitted']}, up to {held['reach']:.3g} times the "
-            f"largest fitted): {held['error_of']} off by {held['mean_error']:.2%} on average, {held['max_error']:.2%} at most\n"
+            f"\nlargest runs held out ({held['held_out']} of {held['held_out'] + held['fitted']}, "
+            f"up to {held['reach']:.3g} times the "
+            f"largest fitted): {held['error_of']} off by {held['mean_error']:.2%} on average, "
+            f"{held['max_error']:.2%} at most\n"
             f"  baseline, {held['baseline']}: {held['baseline_mean_error']:.2%}, {held['baseline_max_error']:.2%}"
         )
     for title, findings in (("warnings", result.warnings), ("REFUSED as a ground for plans", result.refused)):
@@ -220,7 +243,9 @@ def main_predict(
         raise ValueError("--params and --samples: expected both (the loss of that run) or neither (a plan)")
     ways = sum(way is not None for way in (flops, hours, params, at))
     if ways != 1:
-        raise ValueError(f"expected one of --flops C, --hours T, --params N with --samples D, --at X; got {ways}")
+        raise ValueError(
+            f"expected one of --flops C, --hours T, --params N with --samples D, --at X; got {ways}"
+        )
     if at is not None:
         found = predict_axis(result, at, level)
     elif params is not None and samples is not None:
@@ -248,7 +273,8 @@ def _compute(hours: float, flop_per_second: float | None, utilisation: float) ->
         raise ValueError(f"--utilisation: expected 0 < x <= 1, got {utilisation:g}")
     peak = measured_flop_per_second()
     note = (
-        f"{hours:g} hours at {utilisation:g} of {peak:.3g} FLOP/s, measured now in float32 matrix products on this CPU; a run's own "
+        f"{hours:g} hours at {utilisation:g} of {peak:.3g} FLOP/s, measured now in float32 matrix "
+        "products on this CPU; a run's own "
         "samples/s times its FLOPs per sample, by --flop-per-second, is better"
     )
     return hours * 3600 * utilisation * peak, [note]
@@ -267,7 +293,9 @@ def show_prediction(found: Prediction) -> None:
         for factor, (above, wasted) in found.price.items():
             print(f"  {factor:>4} N   loss +{above:.4f}, {wasted:.0%} of the compute wasted")
     if found.rules:
-        print("\nlearning rate and batch by rules for language models under AdamW (they conflict: probe three rates)")
+        print(
+            "\nlearning rate and batch by rules for language models under AdamW (they conflict: probe three rates)"
+        )
         for name, (rate, batch) in found.rules.items():
             print(f"  {name:8} lr {rate:.3g}, batch {batch:,.0f} tokens")
     for note in found.notes:

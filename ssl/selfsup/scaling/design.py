@@ -66,7 +66,10 @@ def _ratio(runs: Runs) -> list[Finding]:
         text = f"log N and log D correlate by {together:.4f} (above 0.98): N and D cannot be told apart"
         return [Finding("one ratio", together, 0.98, text, refuses=True)]
     if span < 10:
-        text = f"D/N spans a factor of {span:.3g} (below 10): the exponents rest on little; +-3 times N at one compute gives 81"
+        text = (
+            f"D/N spans a factor of {span:.3g} (below 10): the exponents rest on little; +-3 "
+            "times N at one compute gives 81"
+        )
         return [Finding("narrow ratio", span, 10, text)]
     return []
 
@@ -79,7 +82,8 @@ def _repeated(runs: Runs, form: str) -> list[Finding]:
     if not count:
         return []
     text = (
-        f"{count} of {len(runs)} runs repeat their data (up to {epochs.max():.3g} epochs), which this law counts as fresh; "
+        f"{count} of {len(runs)} runs repeat their data (up to {epochs.max():.3g} epochs), which "
+        "this law counts as fresh; "
         "take --form repeats, or the runs of one epoch"
     )
     return [Finding("repeated data", float(epochs.max()), 1, text)]
@@ -92,7 +96,8 @@ def _short(runs: Runs) -> list[Finding]:
     count = int((runs.steps < SHORT_STEPS).sum())
     if count:
         text = (
-            f"{count} of {len(runs)} runs have fewer than {SHORT_STEPS} steps (least {runs.steps.min():.0f}): their loss is "
+            f"{count} of {len(runs)} runs have fewer than {SHORT_STEPS} steps (least "
+            f"{runs.steps.min():.0f}): their loss is "
             "of the warm-up and the schedule, not of the size"
         )
         found.append(Finding("short runs", float(runs.steps.min()), SHORT_STEPS, text))
@@ -100,7 +105,10 @@ def _short(runs: Runs) -> list[Finding]:
         share = runs.warmup / runs.steps
         count = int((share > WARMUP_SHARE).sum())
         if count:
-            text = f"{count} of {len(runs)} runs warm up for more than {WARMUP_SHARE:.0%} of their steps (up to {share.max():.0%})"
+            text = (
+                f"{count} of {len(runs)} runs warm up for more than {WARMUP_SHARE:.0%} of "
+                f"their steps (up to {share.max():.0%})"
+            )
             found.append(Finding("warm-up", float(share.max()), WARMUP_SHARE, text))
     return found
 
@@ -113,7 +121,8 @@ def _target(runs: Runs) -> list[Finding]:
     if not count:
         return []
     text = (
-        f"{count} of {len(runs)} runs miss their budget by more than 1% (up to {off.max():.1%}): N and D or their FLOPs "
+        f"{count} of {len(runs)} runs miss their budget by more than 1% (up to {off.max():.1%}): "
+        "N and D or their FLOPs "
         "are counted in another way than the budget"
     )
     return [Finding("off budget", float(off.max()), 0.01, text)]
@@ -128,7 +137,8 @@ def _flops(runs: Runs) -> list[Finding]:
     if spread <= 0.01:
         return []
     text = (
-        f"FLOPs / (N D) goes from {ratio.min():.3g} to {ratio.max():.3g}; plans take {runs.flops_per:.3g}, the median of the "
+        f"FLOPs / (N D) goes from {ratio.min():.3g} to {ratio.max():.3g}; plans take "
+        f"{runs.flops_per:.3g}, the median of the "
         "larger half. Where N leaves out embeddings or attention is counted, small models cost more than 6 N D"
     )
     return [Finding("FLOPs per N D", spread, 0.01, text)]
@@ -155,7 +165,8 @@ def _seeds(runs: Runs) -> list[Finding]:
     if share <= 0.2:
         return []
     text = (
-        f"repeated runs differ by {spread:.3g} (standard deviation), {share:.0%} of the median depth {depth:.3g} of an isoFLOP "
+        f"repeated runs differ by {spread:.3g} (standard deviation), {share:.0%} of the median "
+        f"depth {depth:.3g} of an isoFLOP "
         "curve (above 20%): the minima are noise; repeat more or widen the sizes"
     )
     return [Finding("seed noise", share, 0.2, text)]
@@ -169,14 +180,16 @@ def _untrained(runs: Runs, vocab: int) -> list[Finding]:
         count = int((off > 0.05 * expected).sum())
         if count:
             text = (
-                f"{count} of {len(runs)} runs start at a loss up to {off.max():.3g} from ln {vocab} = {expected:.3g} (more than "
+                f"{count} of {len(runs)} runs start at a loss up to {off.max():.3g} from ln "
+                f"{vocab} = {expected:.3g} (more than "
                 "5%): another vocabulary, another unit (bits?), or a head that does not start at zero"
             )
             found.append(Finding("initial loss", float(off.max() / expected), 0.05, text))
     count = int((runs.loss >= expected).sum())
     if count:
         text = (
-            f"{count} of {len(runs)} losses are not below ln {vocab} = {expected:.3g}, that of an untrained model: diverged "
+            f"{count} of {len(runs)} losses are not below ln {vocab} = {expected:.3g}, that of an "
+            "untrained model: diverged "
             f"(lines {', '.join(str(line) for line in runs.line[runs.loss >= expected][:5])}); leave them out"
         )
         found.append(Finding("diverged", float(runs.loss.max()), expected, text))

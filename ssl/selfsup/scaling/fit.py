@@ -53,7 +53,9 @@ def problem(form: str, runs: Runs) -> Problem:
                 "alpha": alpha, "beta": beta,
             }  # fmt: skip
 
-        return Problem(form, law.chinchilla_model(x, y), bounds, lambda l, w, k: starts(x, y, l, w, k), values)
+        return Problem(
+            form, law.chinchilla_model(x, y), bounds, lambda losses, w, k: starts(x, y, losses, w, k), values
+        )
     if form == "tied":
         bounds = np.array([[0.0, 0.0, 0.0, low], [np.inf, np.inf, np.inf, high]])
 
@@ -62,9 +64,10 @@ def problem(form: str, runs: Runs) -> Problem:
             scaled = A * np.exp(alpha * x_mean), B * np.exp(alpha * y_mean)
             return {"E": E, "A": scaled[0], "B": scaled[1], "alpha": alpha, "beta": alpha.copy()}
 
-        return Problem(
-            form, law.tied_model(x, y), bounds, lambda l, w, k: starts(x, y, l, w, k, tied=True)[..., :4], tied_values
-        )  # fmt: skip
+        def tied_starts(losses: np.ndarray, weights: np.ndarray, keep: int) -> np.ndarray:
+            return starts(x, y, losses, weights, keep, tied=True)[..., :4]
+
+        return Problem(form, law.tied_model(x, y), bounds, tied_starts, tied_values)
     if form == "kaplan":
         bounds = np.array([[1e-12, 1e-12, low, low], [np.inf, np.inf, 20.0, high]])
 
@@ -74,17 +77,23 @@ def problem(form: str, runs: Runs) -> Problem:
                 sizes = np.exp(np.log(A) / ratio + x_mean)
             return {"Nc": sizes, "Dc": B * np.exp(y_mean), "alpha_N": ratio * power, "alpha_D": power}
 
-        return Problem(form, law.kaplan_model(x, y), bounds, lambda l, w, k: kaplan_starts(x, y, l, w, k), kaplan_values)
+        return Problem(
+            form,
+            law.kaplan_model(x, y),
+            bounds,
+            lambda losses, w, k: kaplan_starts(x, y, losses, w, k),
+            kaplan_values,
+        )
     raise ValueError(f"--form {form}: expected one of {', '.join(FORMS)}")
 
 
 def fit(
     task: Problem,
-    log_loss: Float[np.ndarray, "r n"],
-    weights: Float[np.ndarray, "r n"],
+    log_loss: Float[np.ndarray, "#r n"],
+    weights: Float[np.ndarray, "#r n"],
     delta: float = DELTA,
     keep: int = STARTS,
-    also: Float[np.ndarray, "r p"] | None = None,
+    also: Float[np.ndarray, "#r p"] | None = None,
 ) -> Fitted:
     """The best of `keep` starts of the grid, and of `also`, for each of R data sets.
 
@@ -93,7 +102,9 @@ def fit(
     begin = task.begin(log_loss, weights, keep) if keep else np.empty((len(also), 0, len(task.bounds[0])))
     if also is not None:
         begin = np.concatenate([np.broadcast_to(also, (len(begin), also.shape[1]))[:, None], begin], axis=1)
-    tries = [solve(task.model, begin[:, k], log_loss, weights, task.bounds, delta) for k in range(begin.shape[1])]
+    tries = [
+        solve(task.model, begin[:, k], log_loss, weights, task.bounds, delta) for k in range(begin.shape[1])
+    ]
     objective = np.stack([attempt.objective for attempt in tries], axis=1)
     best = objective.argmin(1)
     rows = np.arange(len(best))
@@ -111,13 +122,17 @@ def fit_runs(form: str, runs: Runs, delta: float = DELTA) -> tuple[dict[str, flo
     task = problem(form, runs)
     needed = len(task.bounds[0])
     if len(runs) < needed:
-        raise ValueError(f"--form {form} has {needed} parameters: expected at least {needed} rows, got {len(runs)}")
+        raise ValueError(
+            f"--form {form} has {needed} parameters: expected at least {needed} rows, got {len(runs)}"
+        )
     found = fit(task, np.log(runs.loss)[None], np.ones((1, len(runs))), delta)
     values = task.coefficients(found.solved.theta)
     return {name: float(value[0]) for name, value in values.items()}, found
 
 
-def predict(form: str, values: Mapping[str, float | np.ndarray], params: np.ndarray, samples: np.ndarray) -> np.ndarray:
+def predict(
+    form: str, values: Mapping[str, float | np.ndarray], params: np.ndarray, samples: np.ndarray
+) -> np.ndarray:
     """The loss that a law with these coefficients predicts; broadcasts."""
     function = law.kaplan if form == "kaplan" else law.chinchilla
     return function(**values, params=params, samples=samples)

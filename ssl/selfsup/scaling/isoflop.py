@@ -70,9 +70,7 @@ def budgets(runs: Runs) -> tuple[Float[np.ndarray, " k"], Int[np.ndarray, " n"]]
     return np.array(sums), codes
 
 
-def isoflop(
-    runs: Runs, weights: Float[np.ndarray, " n"] | None = None, within: float = np.inf
-) -> Isoflop:
+def isoflop(runs: Runs, weights: Float[np.ndarray, " n"] | None = None, within: float = np.inf) -> Isoflop:
     """Profiles of every budget with at least four sizes, and the power laws through their optima.
 
     `weights` counts each run (a resample); runs of weight 0 are not there. `within` keeps of each budget the
@@ -141,9 +139,7 @@ def data_at(profile: Profile, params: float) -> float:
     return float(at + slope * np.log(params))
 
 
-def power_law(
-    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]
-) -> tuple[float, float]:
+def power_law(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """(exponent, log of the amplitude) of y = amplitude x^exponent, by least squares of logarithms."""
     exponent, amplitude = np.polyfit(np.log(x), np.log(y), 1)
     return float(exponent), float(amplitude)

@@ -54,9 +54,7 @@ def effective(value: float | Array, unique: float | Array, decay: float | Array)
     return np.minimum(value, unique) + unique * worth
 
 
-def optimal_params(
-    E: float, A: float, B: float, alpha: float, beta: float, samples: float | Array
-) -> Array:
+def optimal_params(E: float, A: float, B: float, alpha: float, beta: float, samples: float | Array) -> Array:
     """The N for which `samples` are compute-optimal under C proportional to N D: alpha A / N^alpha = beta B / D^beta."""
     return np.asarray(np.power(alpha * A / (beta * B) * np.power(samples, beta), 1.0 / alpha))
 
@@ -70,9 +68,7 @@ def repeats(
     Parameters beyond those that are optimal for the unique data decay as repeated data do.
     """
     size = np.minimum(params, optimal_params(**base, samples=unique))
-    return chinchilla(
-        **base, params=effective(params, size, R_N), samples=effective(samples, unique, R_D)
-    )
+    return chinchilla(**base, params=effective(params, size, R_N), samples=effective(samples, unique, R_D))
 
 
 def broken(

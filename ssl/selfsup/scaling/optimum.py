@@ -31,7 +31,11 @@ def optimum(form: str, values: Values, flops: float, flops_per: float) -> Plan:
         log_g = (np.log(inner["alpha"] * inner["A"]) - np.log(inner["beta"] * inner["B"])) / total
         n = np.exp(log_g + inner["beta"] / total * np.log(flops / flops_per))
         d = flops / flops_per / n
-        own = law.chinchilla(**inner, params=n, samples=d) if form == "repeats" else loss_at(form, dict(values), params=n, samples=d)
+        own = (
+            law.chinchilla(**inner, params=n, samples=d)
+            if form == "repeats"
+            else loss_at(form, dict(values), params=n, samples=d)
+        )
     return Plan(n, d, own)
 
 
@@ -53,11 +57,18 @@ def limited_optimum(
         **base, params=law.effective(sizes, size, halves[1]), samples=law.effective(data, unique, halves[0])
     )
     best = loss.argmin(-1)[..., None]
-    return Plan(*(np.take_along_axis(np.broadcast_to(part, loss.shape), best, -1)[..., 0] for part in (sizes, data, loss)))
+    return Plan(
+        *(
+            np.take_along_axis(np.broadcast_to(part, loss.shape), best, -1)[..., 0]
+            for part in (sizes, data, loss)
+        )
+    )
 
 
-def price(form: str, values: Values, flops: float, flops_per: float, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Training `factor` times the optimal size with the same compute: (loss above the optimum's, share of compute wasted).
+def price(
+    form: str, values: Values, flops: float, flops_per: float, factor: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`factor` times the optimal size at the same compute: (loss above the optimum's, share of compute wasted).
 
     Wasted is what the optimal size would not have needed for the same loss. For laws of N and D.
     """

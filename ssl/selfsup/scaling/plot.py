@@ -31,6 +31,8 @@ def figures(result: Result) -> dict[str, Figure]:
         del draw["prediction"]
     if result.draws:
         draw["identified"] = identified
+    if result.about.get("profiles"):
+        draw["profiles"] = profiles
     made = {}
     for name, function in draw.items():
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -56,7 +58,9 @@ def isoflop_curves(axes: Axes, result: Result) -> None:
             slope, height = np.polyfit(np.log(n), np.log(d), 1)
             grid = np.geomspace(n.min(), n.max(), 60)
             data = np.exp(height + slope * np.log(grid))
-            axes.plot(grid, loss_at(result.form, result.coefficients, params=grid, samples=data), lw=1, color=colour)
+            axes.plot(
+                grid, loss_at(result.form, result.coefficients, params=grid, samples=data), lw=1, color=colour
+            )
         if profile["parabola"] is not None and not profile["outside"]:
             axes.plot(profile["parabola"], profile["parabola_loss"], "x", ms=7, color=colour)
     axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
@@ -76,7 +80,9 @@ def approaches(axes: Axes, result: Result) -> None:
     name = "the law" if result.form in PARAMETRIC else "parabolas"
     axes.plot(grid, line, color="tab:blue", label=f"{name}: a = {result.exponents['a']:.3f}")
     if result.draws:
-        band = np.array([np.quantile(optimum(result.form, result.values(), c, per).params, _BAND) for c in grid])
+        band = np.array(
+            [np.quantile(optimum(result.form, result.values(), c, per).params, _BAND) for c in grid]
+        )
         axes.fill_between(grid, band[:, 0], band[:, 1], color="tab:blue", alpha=0.2, lw=0, label="95%")
     for method, marker, colour in (("parabola", "x", "tab:red"), ("akima", "+", "tab:green")):
         points = np.array(
@@ -97,7 +103,11 @@ def residuals(axes: Axes, result: Result) -> None:
     """log loss minus log of the prediction, against D / N (bnsl: its axis), coloured by compute."""
     rows = {name: np.array(values) for name, values in result.rows.items()}
     if result.form == "bnsl":
-        predicted, x, label = loss_at("bnsl", result.coefficients, x=rows["samples"]), rows["samples"], result.about["axis"]
+        predicted, x, label = (
+            loss_at("bnsl", result.coefficients, x=rows["samples"]),
+            rows["samples"],
+            result.about["axis"],
+        )
     else:
         at = {name: rows[name] for name in ("params", "samples", "unique") if name in rows}
         if result.form != "repeats":
@@ -105,7 +115,9 @@ def residuals(axes: Axes, result: Result) -> None:
         predicted = loss_at(result.form, result.coefficients, **at)
         x, label = rows["samples"] / rows["params"], "D / N"
     error = 100 * (np.log(rows["loss"]) - np.log(predicted))
-    points = axes.scatter(x, error, c=np.log10(rows["flops"]), s=12, cmap="viridis", rasterized=len(x) > _MANY)
+    points = axes.scatter(
+        x, error, c=np.log10(rows["flops"]), s=12, cmap="viridis", rasterized=len(x) > _MANY
+    )
     axes.figure.colorbar(points, ax=axes, label="log10 FLOPs")
     axes.axhline(0, color="0.5", lw=0.8)
     limit = 1.1 * float(np.quantile(np.abs(error), 0.98)) + 1e-6
@@ -122,21 +134,30 @@ def prediction(axes: Axes, result: Result) -> None:
     line = np.array([float(optimum(result.form, result.coefficients, c, per).loss) for c in grid])
     axes.plot(grid, line, color="tab:blue", label="compute-optimal")
     if result.draws:
-        band = np.array([np.quantile(optimum(result.form, result.values(), c, per).loss, _BAND) for c in grid])
+        band = np.array(
+            [np.quantile(optimum(result.form, result.values(), c, per).loss, _BAND) for c in grid]
+        )
         axes.fill_between(grid, band[:, 0], band[:, 1], color="tab:blue", alpha=0.2, lw=0, label="95%")
     flops, loss = np.array(result.rows["flops"]), np.array(result.rows["loss"])
     best = frontier(flops, loss)
     axes.scatter(flops, loss, s=6, color="0.75", rasterized=len(loss) > _MANY, label="runs")
     axes.scatter(flops[best], loss[best], s=12, color="tab:orange", label="no cheaper run is better")
     axes.axvline(high, color="0.6", lw=0.8, ls=":")
-    if result.form in PARAMETRIC and result.coefficients.get("E"):
-        axes.axhline(result.coefficients["E"], color="tab:red", lw=0.8, ls="--", label="E")
     top = float(np.quantile(loss, 0.98))
-    axes.set(xscale="log", xlabel="compute, FLOPs (dotted: largest run)", ylabel="loss", ylim=(0.97 * min(line.min(), loss.min()), top))
-    if result.coefficients.get("E", 0) < axes.get_ylim()[0]:
-        axes.set_title("prediction (E below the frame)", fontsize=10)
-    else:
-        axes.set_title("prediction", fontsize=10)
+    axes.set(
+        xscale="log",
+        xlabel="compute, FLOPs (dotted: largest run)",
+        ylabel="loss",
+        ylim=(0.97 * min(line.min(), loss.min()), top),
+    )
+    floor = result.coefficients.get("E")
+    seen = floor is not None and floor > axes.get_ylim()[0]
+    if floor is not None and seen:
+        axes.axhline(floor, color="tab:red", lw=0.8, ls="--", label="E")
+    axes.set_title(
+        "prediction" + ("" if seen or floor is None else f" (E = {floor:.3g} is below the frame)"),
+        fontsize=10,
+    )
     axes.legend(fontsize=8)
 
 
@@ -168,10 +189,34 @@ def identified(axes: Axes, result: Result) -> None:
         low, high = np.quantile(ratio, _BAND)
         loose = low <= 0.5 or high >= 2.0
         wide += loose
-        axes.plot([low, high], [place, place], lw=5, color="tab:red" if loose else "tab:blue", solid_capstyle="butt")
+        axes.plot(
+            [low, high], [place, place], lw=5, color="tab:red" if loose else "tab:blue", solid_capstyle="butt"
+        )
         axes.plot(1.0, place, "k|", ms=12)
         labels.append(f"{name} = {value:.4g}")
     axes.set_yticks(range(len(labels)), labels)
-    axes.set(xscale="log", xlim=(0.9e-2, 1.1e2), ylim=(-0.6, len(labels) - 0.4), xlabel="95% interval over the value (cut at 0.01 and 100)")
+    axes.set(
+        xscale="log",
+        xlim=(0.9e-2, 1.1e2),
+        ylim=(-0.6, len(labels) - 0.4),
+        xlabel="95% interval over the value (cut at 0.01 and 100)",
+    )
     note = f"{wide} of {len(labels)} loose by a factor of 2 or more (red)"
     axes.set_title(note + (f"; {', '.join(fixed)} fixed" if fixed else ""), fontsize=10)
+
+
+def profiles(axes: Axes, result: Result) -> None:
+    """How the objective rises when one coefficient is held elsewhere: flat valleys are not identified."""
+    curves = result.about["profiles"]
+    for name, curve in curves.items():
+        value, objective = np.array(curve["value"]), np.array(curve["objective"])
+        scale = result.coefficients[name] or float(value[-1])
+        axes.plot(
+            value / scale, 100 * np.maximum(objective / result.objective - 1, 0), ".-", ms=4, lw=1, label=name
+        )
+    axes.axhline(2, color="0.6", lw=0.8, ls=":")
+    log = result.form == "repeats"
+    axes.set(xlabel="value held, over the fitted one", ylabel="objective above the least, %")
+    axes.set(xscale="log" if log else "linear", ylim=(-1, 20), xlim=None if log else (0, 3))
+    axes.set_title("profiles (below the dotted line values are not told apart)", fontsize=10)
+    axes.legend(fontsize=8)

@@ -29,10 +29,14 @@ class Prediction:
     notes: list[str] = field(default_factory=list)
 
 
-def predict_plan(result: Result, flops: float, level: float = 0.95, unique: float | None = None) -> Prediction:
+def predict_plan(
+    result: Result, flops: float, level: float = 0.95, unique: float | None = None
+) -> Prediction:
     """What to train with this compute. Raises ValueError where the fit was refused, or knows no N and D."""
     if result.form == "bnsl":
-        raise ValueError("a bnsl fit knows one axis: give --at VALUE (of its axis) in place of --flops or --hours")
+        raise ValueError(
+            "a bnsl fit knows one axis: give --at VALUE (of its axis) in place of --flops or --hours"
+        )
     if result.refused:
         lines = [f"  {found['check']}: {found['text']}" for found in result.refused]
         raise ValueError(
@@ -65,12 +69,17 @@ def _limited(result: Result, flops: float, unique: float, notes: list[str]) -> C
     if not unique > 0:
         raise ValueError(f"--unique-samples: expected a positive number, got {unique:g}")
     if result.form not in ("chinchilla", "tied", "repeats"):
-        raise ValueError(f"--unique-samples: needs a fit of form chinchilla, tied or repeats, got {result.form}")
+        raise ValueError(
+            f"--unique-samples: needs a fit of form chinchilla, tied or repeats, got {result.form}"
+        )
     own = result.form == "repeats"
-    enough = unique >= float(optimum("chinchilla", result.coefficients, flops, result.about["flops_per"]).samples)
+    enough = unique >= float(
+        optimum("chinchilla", result.coefficients, flops, result.about["flops_per"]).samples
+    )
     if not own and not enough:
         notes.append(
-            f"repeats are valued as published for language models (R_D = {PUBLISHED_DECAY[0]:.3g}, R_N = {PUBLISHED_DECAY[1]:.3g}, "
+            "repeats are valued as published for language models (R_D = "
+            f"{PUBLISHED_DECAY[0]:.3g}, R_N = {PUBLISHED_DECAY[1]:.3g}, "
             "2305.16264), a point in a valley; fit --form repeats on runs of your own"
         )
 
@@ -90,23 +99,38 @@ def predict_run(
     if not (params > 0 and samples > 0):
         raise ValueError(f"--params and --samples: expected positive numbers, got {params:g} and {samples:g}")
     if result.form == "repeats" and unique is None:
-        raise ValueError("a fit of form repeats needs --unique-samples U, the distinct samples among --samples")
+        raise ValueError(
+            "a fit of form repeats needs --unique-samples U, the distinct samples among --samples"
+        )
     at = {"params": params, "samples": samples} | ({"unique": unique} if result.form == "repeats" else {})
     flops = result.about["flops_per"] * params * samples
     notes = _reach(result, flops)
     if unique is not None and result.form != "repeats" and samples > unique:
-        notes.append(f"{samples / unique:.3g} epochs are counted as fresh data by this form; fit --form repeats")
+        notes.append(
+            f"{samples / unique:.3g} epochs are counted as fresh data by this form; fit --form repeats"
+        )
     notes += _scatter(result)
     if result.refused:
-        notes.append("the fit was refused for plans (" + ", ".join(found["check"] for found in result.refused) + ")")
-    values = {"loss": _triple(loss_at(result.form, result.coefficients, **at), loss_at(result.form, result.values(), **at), result, level)}
+        notes.append(
+            "the fit was refused for plans (" + ", ".join(found["check"] for found in result.refused) + ")"
+        )
+    values = {
+        "loss": _triple(
+            loss_at(result.form, result.coefficients, **at),
+            loss_at(result.form, result.values(), **at),
+            result,
+            level,
+        )
+    }
     return Prediction(flops, level, values, notes=notes)
 
 
 def predict_axis(result: Result, x: float, level: float = 0.95) -> Prediction:
     """The loss at one value of a bnsl fit's axis."""
     if result.form != "bnsl":
-        raise ValueError(f"--at: is for a fit of form bnsl, got {result.form}; give --flops, --hours, or --params and --samples")
+        raise ValueError(
+            f"--at: is for a fit of form bnsl, got {result.form}; give --flops, --hours, or --params and --samples"
+        )
     if not x > 0:
         raise ValueError(f"--at: expected a positive number, got {x:g}")
     reach = x / result.about["ranges"]["samples"][1]
@@ -114,7 +138,12 @@ def predict_axis(result: Result, x: float, level: float = 0.95) -> Prediction:
     if result.refused:
         notes.append("the fit was refused (" + ", ".join(found["check"] for found in result.refused) + ")")
     value = loss_at("bnsl", result.coefficients, x=x)
-    return Prediction(None, level, {"loss": _triple(value, loss_at("bnsl", result.values(), x=x), result, level)}, notes=notes)
+    return Prediction(
+        None,
+        level,
+        {"loss": _triple(value, loss_at("bnsl", result.values(), x=x), result, level)},
+        notes=notes,
+    )
 
 
 def _reach(result: Result, flops: float) -> list[str]:
@@ -132,11 +161,17 @@ def _scatter(result: Result) -> list[str]:
     spread = result.about.get("residual_sd")
     if spread is None:
         return []
-    return [f"intervals are of the law; single runs scatter about it by {spread:.2%} (robust standard deviation in this table)"]
+    return [
+        f"intervals are of the law; single runs scatter about it by {spread:.2%} (robust standard "
+        "deviation in this table)"
+    ]
 
 
 def _with_interval(best: Plan, drawn: Plan, result: Result, level: float) -> dict[str, list[float | None]]:
-    return {name: _triple(getattr(best, name), getattr(drawn, name), result, level) for name in ("params", "samples", "loss")}
+    return {
+        name: _triple(getattr(best, name), getattr(drawn, name), result, level)
+        for name in ("params", "samples", "loss")
+    }
 
 
 def _triple(value: Any, drawn: np.ndarray, result: Result, level: float) -> list[float | None]:

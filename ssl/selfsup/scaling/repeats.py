@@ -5,29 +5,20 @@ parameters beyond what the unique data are optimal for. They are often not ident
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from selfsup.scaling import law
-from selfsup.scaling.fit import Problem, Values
-from selfsup.scaling.solve import DELTA, huber, solve
+from selfsup.scaling.fit import Fitted, Problem, Values, fit
+from selfsup.scaling.profile import Profile, profile
+from selfsup.scaling.solve import DELTA, Solved, huber, solve
 from selfsup.scaling.table import Runs
 
 PUBLISHED_DECAY = (15.387756, 5.309743)
 """R_D, R_N of 2305.16264 on C4: a point in a valley (our interval of R_D reaches from 6 to infinity)."""
 LIMITS = (0.05, 1e4)
 """Where half-lives are looked for; at the upper end repeats are as good as fresh data."""
-PROFILE_RISE = 0.02
-"""A half-life is not told apart from another where the objective is within this of its minimum."""
-
-
-class Profile(NamedTuple):
-    """The least objective for each value of one half-life, the other one free."""
-
-    decay: np.ndarray
-    objective: np.ndarray
 
 
 def repeats_problem(runs: Runs, base: Mapping[str, float]) -> Problem:
@@ -56,22 +47,20 @@ def repeats_problem(runs: Runs, base: Mapping[str, float]) -> Problem:
     return Problem("repeats", model, bounds, begin, coefficients)
 
 
-def profile(task: Problem, log_loss: Float[np.ndarray, " n"], which: int, delta: float = DELTA) -> Profile:
-    """Fixes one half-life at 40 values and fits the other."""
-    values = np.linspace(*task.bounds[:, which], 40)
-    best = np.empty(len(values))
+def fit_repeats(
+    task: Problem, log_loss: Float[np.ndarray, " n"], delta: float = DELTA
+) -> tuple[Fitted, tuple[Profile, Profile]]:
+    """The best half-lives, and the profile of each. The objective has many minima along its valley: the fit
+    starts from the grid and from every point of both profiles."""
+    grid = np.linspace(*task.bounds[:, 0], 40)
+    others = np.repeat(grid[::7, None], 2, axis=1)
+    curves = (
+        profile(task, log_loss, 0, grid, others, delta),
+        profile(task, log_loss, 1, grid, others, delta),
+    )
     ones = np.ones((1, len(log_loss)))
-    starts = np.linspace(*task.bounds[:, 1 - which], 10)
-    for k, value in enumerate(values):
-        theta = np.empty((len(starts), 2))
-        theta[:, which], theta[:, 1 - which] = value, starts
-        bounds = task.bounds.copy()
-        bounds[:, which] = value
-        best[k] = solve(task.model, theta, log_loss[None], ones, bounds, delta).objective.min()
-    return Profile(np.exp(values), best)
-
-
-def valley(found: Profile, objective: float) -> tuple[float, float]:
-    """The range of half-lives whose objective is within 2% of the least; infinite where the upper end is."""
-    low = found.decay[found.objective <= objective * (1 + PROFILE_RISE)]
-    return float(low.min()), float("inf") if low.max() >= found.decay[-1] else float(low.max())
+    found = fit(task, log_loss[None], ones, delta, keep=24)
+    begin = np.concatenate([found.solved.theta, *(curve.theta for curve in curves)])
+    ends = solve(task.model, begin, log_loss[None], ones, task.bounds, delta, widest=delta)
+    best = ends.objective.argmin()
+    return found._replace(solved=Solved(*(column[best : best + 1] for column in ends))), curves

@@ -27,7 +27,9 @@ def write_report(result: Result, folder: Path) -> list[Path]:
     """Writes NAME.png and NAME.svg of each picture and report.html. Raises ValueError where it cannot."""
     page = folder / "report.html"
     if page.exists() and _GENERATOR.encode() not in page.read_bytes()[:1000]:
-        raise ValueError(f"--out {folder}: {page.name} is there and is not an earlier report; give another folder")
+        raise ValueError(
+            f"--out {folder}: {page.name} is there and is not an earlier report; give another folder"
+        )
     written, pictures = [], {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,9 @@ def render(figure: Figure, kind: str) -> bytes:
     """The picture as PNG or SVG; the same bytes for the same figure."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "selfsup", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else {"Software": None})
+        figure.savefig(
+            buffer, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else {"Software": None}
+        )
     return buffer.getvalue()
 
 
@@ -60,7 +64,8 @@ def _page(result: Result, pictures: dict[str, bytes]) -> str:
         for name, content in pictures.items()
     )
     body = [
-        f"<h1>{title}</h1><p>{escape(verdict)}; {about['rows_used']} of {about['rows_read']} rows, {about['runs']} runs.</p>",
+        f"<h1>{title}</h1><p>{escape(verdict)}; {about['rows_used']} of {about['rows_read']} "
+        f"rows, {about['runs']} runs.</p>",
         f"<pre>{escape(about.get('command', ''))}</pre>",
         _findings("Refused", result.refused),
         _findings("Warnings", result.warnings),
@@ -79,7 +84,9 @@ def _page(result: Result, pictures: dict[str, bytes]) -> str:
 def _findings(title: str, findings: list[dict[str, Any]]) -> str:
     if not findings:
         return ""
-    items = "".join(f"<li><b>{escape(found['check'])}</b>: {escape(found['text'])}</li>" for found in findings)
+    items = "".join(
+        f"<li><b>{escape(found['check'])}</b>: {escape(found['text'])}</li>" for found in findings
+    )
     mark = ' class="bad"' if title == "Refused" else ""
     return f"<h2{mark}>{title}</h2><ul>{items}</ul>"
 
@@ -88,7 +95,9 @@ def _coefficients(result: Result) -> str:
     rows = [("", "value", "low", "high", "level")]
     for name, value in (result.coefficients | result.exponents).items():
         low, high, level = (*result.intervals.get(name, [None, None, None]),)
-        rows.append((name, f"{value:.6g}", *("-" if end is None else f"{end:.5g}" for end in (low, high, level))))
+        rows.append(
+            (name, f"{value:.6g}", *("-" if end is None else f"{end:.5g}" for end in (low, high, level)))
+        )
     note = f"<p>Sum of Huber losses {result.objective:.6g}.</p>" if result.form != "isoflop" else ""
     return _table(rows) + note
 
@@ -106,9 +115,20 @@ def _held_out(result: Result) -> str:
 
 
 def _facts(about: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [(f"left out: {reason}", str(count)) for reason, count in about["dropped"].items()]
+    rows: list[tuple[str, ...]] = [
+        (f"left out: {reason}", str(count)) for reason, count in about["dropped"].items()
+    ]
     rows += [(name, f"{low:.4g} to {high:.4g}") for name, (low, high) in about["ranges"].items()]
-    named = ("flops_per", "delta", "resamples", "unconverged", "seed", "starts", "starts_agreed", "residual_sd")
+    named = (
+        "flops_per",
+        "delta",
+        "resamples",
+        "unconverged",
+        "seed",
+        "starts",
+        "starts_agreed",
+        "residual_sd",
+    )
     return rows + [(name.replace("_", " "), f"{about[name]:.6g}") for name in named if name in about]
 
 

@@ -23,7 +23,8 @@ class Result:
     coefficients: by name, unrounded. exponents: a, b of the compute-optimal N and D (empty for bnsl).
     intervals: {name: [low, high, level]}; None for an end that is not bounded. draws: coefficients of each
     resample. extrapolation: errors on held-out larger runs beside a naive baseline, or None. about: the table,
-    rows, what was dropped, ranges, settings. profiles and rows: what pictures show. anchor: N, D and the loss predicted there, to notice edited files.
+    rows, what was dropped, ranges, settings. profiles and rows: what pictures show. anchor: N, D and the loss
+    predicted there, to notice edited files.
     """
 
     form: str
@@ -53,7 +54,9 @@ def findings_json(findings: list[Finding]) -> list[dict[str, Any]]:
 def write_result(result: Result, path: Path) -> None:
     """Raises ValueError where the file cannot be written."""
     content = {"version": VERSION, **asdict(result)}
-    content["draws"] = {name: [float(f"{value:.8g}") for value in values] for name, values in result.draws.items()}
+    content["draws"] = {
+        name: [float(f"{value:.8g}") for value in values] for name, values in result.draws.items()
+    }
     write_json(content, path)
 
 
@@ -89,7 +92,9 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"--fit {path}: cannot read the fit: {reason}") from None
     names = {name for name in Result.__dataclass_fields__}
     if not isinstance(content, dict) or content.get("version") != VERSION or not names <= content.keys():
-        raise ValueError(f"--fit {path}: not a fit; expected what selfsup scaling fit TABLE ... --json OUT writes")
+        raise ValueError(
+            f"--fit {path}: not a fit; expected what selfsup scaling fit TABLE ... --json OUT writes"
+        )
     result = Result(**{name: content[name] for name in names})
     _verify(result, path)
     return result
@@ -106,7 +111,9 @@ def _verify(result: Result, path: Path) -> None:
     if result.form in ("chinchilla", "tied", "kaplan"):
         a = float(exponents(result.form, values)[0])
         if not abs(a - result.exponents["a"]) < 1e-6:
-            raise ValueError(f"--fit {path}: exponents.a is {result.exponents['a']}, its coefficients give {a}; write it again")
+            raise ValueError(
+                f"--fit {path}: exponents.a is {result.exponents['a']}, its coefficients give {a}; write it again"
+            )
 
 
 def loss_at(form: str, values: dict[str, Any], **at: Any) -> Any:

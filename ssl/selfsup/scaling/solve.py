@@ -35,15 +35,18 @@ def huber(residual: Float[np.ndarray, "..."], delta: float) -> Float[np.ndarray,
 def solve(
     model: Model,
     theta: Float[np.ndarray, "r p"],
-    log_loss: Float[np.ndarray, "r n"],
-    weights: Float[np.ndarray, "r n"],
-    bounds: Float[np.ndarray, "2 p"],
+    log_loss: Float[np.ndarray, "#r n"],
+    weights: Float[np.ndarray, "#r n"],
+    bounds: Float[np.ndarray, "2 ... p"],
     delta: float = DELTA,
     max_steps: int = 1000,
+    widest: float | None = None,
 ) -> Solved:
     """Minimises sum_i w_i Huber(log L_i - log Lhat_i) for each of R starts, within bounds.
 
-    `log_loss` and `weights` may have one row for all. A fit has converged where no step within the bounds
+    `log_loss` and `weights` may have one row for all; `bounds` are one pair for all or a pair for each fit.
+    The threshold narrows to `delta` from the median residual, or from `widest`: from `delta` itself, a fit stays
+    in the valley where it starts. A fit has converged where no step within the bounds
     promises to lower the objective by more than 1e-9 of it (or the residuals are rounding).
     """
     rows = max(1, _BLOCK // (log_loss.shape[1] * theta.shape[1]))
@@ -52,21 +55,25 @@ def solve(
         block = slice(start, start + rows)
         y = log_loss if len(log_loss) == 1 else log_loss[block]
         w = weights if len(weights) == 1 else weights[block]
-        parts.append(_solve_block(model, theta[block], y, w, bounds, delta, max_steps))
+        limits = bounds if bounds.ndim == 2 else bounds[:, block]
+        parts.append(_solve_block(model, theta[block], y, w, limits, delta, max_steps, widest))
     return Solved(*(np.concatenate(column) for column in zip(*parts)))
 
 
 def _solve_block(
     model: Model, theta: np.ndarray, y: np.ndarray, w: np.ndarray, bounds: np.ndarray, delta: float,
     max_steps: int,
+    widest: float | None,
 ) -> Solved:  # fmt: skip
     count = len(theta)
+    bounds = np.broadcast_to(bounds if bounds.ndim == 3 else bounds[:, None], (2, *theta.shape))
     theta = np.clip(theta, *bounds)
     y, w = np.broadcast_to(y, (count, y.shape[1])), np.broadcast_to(w, (count, w.shape[1]))
     steps = np.zeros(count, dtype=np.int64)
-    spread = np.abs(y - model(theta)[0])
-    wide = float(np.median(spread[w > 0])) if (w > 0).any() else delta
-    for threshold in _narrowing(wide, delta):
+    if widest is None:
+        spread = np.abs(y - model(theta)[0])
+        widest = float(np.median(spread[w > 0])) if (w > 0).any() else delta
+    for threshold in _narrowing(widest, delta):
         limit = 8 if threshold > delta else max_steps
         theta, objective, converged, taken = _descend(model, theta, y, w, bounds, threshold, limit)
         steps += taken
@@ -85,7 +92,7 @@ def _descend(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Damped Gauss-Newton at one threshold; fits that are done are taken out of the batch."""
     count = len(theta)
-    theta, low, high = theta.copy(), bounds[0], bounds[1]
+    theta = theta.copy()
     damping = np.full(count, 0.1)
     done, steps = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.int64)
     total = w.sum(1)
@@ -94,17 +101,19 @@ def _descend(
     left = np.arange(count)
     for _ in range(max_steps):
         g, H, M = _curvature(y[left] - f, J, w[left], delta)
-        at = theta[left]
+        at, (low, high) = theta[left], bounds[:, left]
         fixed = ((at <= low) & (g > 0)) | ((at >= high) & (g < 0))
-        step = _bounded_step(H + damping[left, None, None] * M, g, at, fixed, bounds)
-        promise = 0.5 * (np.where(fixed, 0.0, g) * _solved(H + 1e-3 * M, np.where(fixed, 0.0, g), fixed)).sum(1)
+        step = _bounded_step(H + damping[left, None, None] * M, g, at, fixed, low, high)
+        promise = 0.5 * (np.where(fixed, 0.0, g) * _solved(H + 1e-3 * M, np.where(fixed, 0.0, g), fixed)).sum(
+            1
+        )
         ended = promise <= 1e-9 * objective[left] + 1e-22 * total[left]
         done[left[ended]] = True
         if ended.all():
             break
         keep = ~ended
-        left, step, at, f, J = left[keep], step[keep], at[keep], f[keep], J[keep]
-        trial = np.clip(at + step, low, high)
+        left, f, J = left[keep], f[keep], J[keep]
+        trial = np.clip(at + step, low, high)[keep]
         new_f, new_J = model(trial)
         value = (w[left] * huber(y[left] - new_f, delta)).sum(1)
         better = value < objective[left]
@@ -129,17 +138,17 @@ def _curvature(
 
 
 def _bounded_step(
-    K: np.ndarray, g: np.ndarray, at: np.ndarray, fixed: np.ndarray, bounds: np.ndarray
+    K: np.ndarray, g: np.ndarray, at: np.ndarray, fixed: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
     """The step -K^-1 g within the bounds: a parameter that would cross its bound goes onto it, and the others take
     their step given that (clipping alone need not lower the objective)."""
     target = np.zeros_like(g)
     for _ in range(at.shape[1]):
         step = _solved(K, -g - (K @ target[:, :, None])[:, :, 0], fixed) + target
-        crossing = ~fixed & ((at + step < bounds[0]) | (at + step > bounds[1]))
+        crossing = ~fixed & ((at + step < low) | (at + step > high))
         if not crossing.any():
             break
-        target = np.where(crossing, np.clip(at + step, *bounds) - at, target)
+        target = np.where(crossing, np.clip(at + step, low, high) - at, target)
         fixed = fixed | crossing
     return step
 
@@ -148,6 +157,8 @@ def _solved(matrix: np.ndarray, right: np.ndarray, fixed: np.ndarray) -> np.ndar
     """Solves each p x p system in its free parameters, the diagonal scaled to one; 0 for the fixed ones."""
     free = ~fixed
     root = np.sqrt(np.maximum(np.einsum("rpp->rp", matrix), 1e-300))
-    scaled = np.where(free[:, :, None] & free[:, None, :], matrix / (root[:, :, None] * root[:, None, :]), 0.0)
+    scaled = np.where(
+        free[:, :, None] & free[:, None, :], matrix / (root[:, :, None] * root[:, None, :]), 0.0
+    )
     scaled += np.eye(right.shape[1]) * np.where(fixed, 1.0, 1e-12)[:, :, None]
     return np.linalg.solve(scaled, np.where(fixed, 0.0, right / root)[:, :, None])[:, :, 0] / root

@@ -8,13 +8,15 @@ from selfsup.scaling import law
 from selfsup.scaling.analyse import LEVEL, about, analyse, profiles_json, residual_spread, rows_json
 from selfsup.scaling.bootstrap import bootstrap, interval, intervals, resample_weights
 from selfsup.scaling.broken import MIN_RUNS, broken_problem
-from selfsup.scaling.check import check_extrapolation, check_isoflop
+from selfsup.scaling.check import check_extrapolation
+from selfsup.scaling.check_isoflop import check_isoflop
 from selfsup.scaling.design import check_design
 from selfsup.scaling.extrapolate import Extrapolation
 from selfsup.scaling.finding import Finding, split
 from selfsup.scaling.fit import Fitted, Problem, exponents, fit, inner_law
 from selfsup.scaling.isoflop import isoflop, power_law
-from selfsup.scaling.repeats import profile, repeats_problem, valley
+from selfsup.scaling.profile import valley
+from selfsup.scaling.repeats import LIMITS, fit_repeats, repeats_problem
 from selfsup.scaling.result import Result, findings_json
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
@@ -29,15 +31,17 @@ def _fit_one(task: Problem, runs: Runs, delta: float, keep: int) -> tuple[dict[s
     return values, found
 
 
-def _errors(
-    fitted: Runs, target: Runs, predicted: np.ndarray, naive: np.ndarray, axis: str
-) -> Extrapolation:
+def _errors(fitted: Runs, target: Runs, predicted: np.ndarray, naive: np.ndarray, axis: str) -> Extrapolation:
     error, baseline = np.abs(predicted / target.loss - 1), np.abs(naive / target.loss - 1)
     reach = float(getattr(target, axis).max() / getattr(fitted, axis).max())
     return Extrapolation(
         len(fitted), len(target), float(fitted.flops.max()), reach, float(error.mean()), float(error.max()),
         float(baseline.mean()), float(baseline.max()),
     )  # fmt: skip
+
+
+def _held_out(found: Extrapolation | None, baseline: str) -> dict[str, Any] | None:
+    return None if found is None else {**found._asdict(), "error_of": "loss", "baseline": baseline}
 
 
 def _convergence(found: Fitted) -> list[Finding]:
@@ -58,27 +62,36 @@ def analyse_repeats(
         raise ValueError("--form repeats: expected --unique COL, the number of distinct samples of each run")
     fresh = runs.samples <= 1.001 * runs.unique
     if fresh.all():
-        raise ValueError("--form repeats: no run reads a sample twice (samples <= unique in every row); take --form chinchilla")
+        raise ValueError(
+            "--form repeats: no run reads a sample twice (samples <= unique in every row); take --form chinchilla"
+        )
     findings = check_design(runs, "repeats")
     if base is None:
         if fresh.sum() < ONE_EPOCH_RUNS:
             raise ValueError(
-                f"--form repeats: {int(fresh.sum())} runs of one epoch are too few for a base law (at least {ONE_EPOCH_RUNS}); "
+                f"--form repeats: {int(fresh.sum())} runs of one epoch are too few for a base law "
+                f"(at least {ONE_EPOCH_RUNS}); "
                 "give one with --base FIT.json"
             )
         base = analyse(runs.take(fresh), "chinchilla", 0, seed, delta)
-        findings += [Finding(f"base law: {f['check']}", f["value"], f["limit"], f"base law: {f['text']}") for f in base.refused]
+        findings += [
+            Finding(f"base law: {f['check']}", f["value"], f["limit"], f"base law: {f['text']}")
+            for f in base.refused
+        ]
     inner = {name: float(value) for name, value in inner_law(base.form, base.coefficients).items()}
     task = repeats_problem(runs, inner)
-    values, found = _fit_one(task, runs, delta, keep=24)
+    log_loss, bounded, curves = np.log(runs.loss), {}, {}
+    found, profiles = fit_repeats(task, log_loss, delta)
+    values = {name: float(value[0]) for name, value in task.coefficients(found.solved.theta).items()}
     findings += _convergence(found)
-    log_loss, bounded = np.log(runs.loss), {}
-    for which, name in enumerate(("R_D", "R_N")):
-        low, high = valley(profile(task, log_loss, which, delta), float(found.solved.objective[0]))
+    for name, curve in zip(("R_D", "R_N"), profiles):
+        low, high = (float(np.exp(end)) for end in valley(curve, float(found.solved.objective[0])))
+        curves[name] = {"value": np.exp(curve.value).tolist(), "objective": curve.objective.tolist()}
         bounded[name] = (low, high)
         if high / low > 10:
             text = (
-                f"{name} = {values[name]:.3g} is a point in a valley: from {low:.3g} to {high:.3g} the objective is within 2% of "
+                f"{name} = {values[name]:.3g} is a point in a valley: from {low:.3g} to "
+                f"{high:.3g} the objective is within 2% of "
                 "its least; use the predictions, not the number"
             )
             findings.append(Finding(f"unidentified {name}", high / low, 10, text))
@@ -97,11 +110,11 @@ def analyse_repeats(
     return Result(
         "repeats", {**inner, **values}, {"a": a, "b": b}, _open(intervals(draws, LEVEL)) if draws else {},
         float(found.solved.objective[0]),
-        {**outside._asdict(), "error_of": "loss", "baseline": "the base law, repeats counted as fresh data"} if outside else None,
+        _held_out(outside, "the base law, repeats counted as fresh data"),
         findings_json(warnings), findings_json(refused),
         {**about(runs), "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
          "residual_sd": residual_spread(runs, np.exp(task.model(found.solved.theta)[0][0])),
-         "within_2_percent": {name: list(ends) for name, ends in bounded.items()}},
+         "within_2_percent": {name: list(ends) for name, ends in bounded.items()}, "profiles": curves},
         {**at, "loss": loss}, {name: value.tolist() for name, value in {**base_draws, **draws}.items()} if draws else {},
         rows=rows_json(runs),
     )  # fmt: skip
@@ -109,8 +122,6 @@ def analyse_repeats(
 
 def _open(found: dict[str, list[float]]) -> dict[str, list[float | None]]:
     """An end at the limit of the search is no bound."""
-    from selfsup.scaling.repeats import LIMITS
-
     return {
         name: [low if low > 1.01 * LIMITS[0] else 0.0, high if high < 0.99 * LIMITS[1] else None, level]
         for name, (low, high, level) in found.items()
@@ -128,7 +139,9 @@ def _repeats_held_out(runs: Runs, base: dict[str, float], delta: float) -> Extra
     return _errors(fitted, target, predicted, naive, "flops")
 
 
-def analyse_broken(runs: Runs, axis: str, resamples: int = 1000, seed: int = 0, delta: float = DELTA) -> Result:
+def analyse_broken(
+    runs: Runs, axis: str, resamples: int = 1000, seed: int = 0, delta: float = DELTA
+) -> Result:
     """A broken power law of the axis, which stands in `runs.samples`. Raises ValueError below 12 runs."""
     task = broken_problem(runs)
     values, found = _fit_one(task, runs, delta, keep=32)
@@ -139,7 +152,9 @@ def analyse_broken(runs: Runs, axis: str, resamples: int = 1000, seed: int = 0, 
         findings.append(Finding("few runs", runs_count, 24, text))
     draws, unconverged = {}, 0
     if resamples:
-        drawn = bootstrap(task, np.log(runs.loss)[None], runs.cluster, found.solved.theta, resamples, seed, delta)
+        drawn = bootstrap(
+            task, np.log(runs.loss)[None], runs.cluster, found.solved.theta, resamples, seed, delta
+        )
         draws, unconverged = {name: value[0] for name, value in drawn.values.items()}, drawn.unconverged
         low, high = interval(draws["d1"], LEVEL)
         if high / low > 100:
@@ -156,11 +171,18 @@ def analyse_broken(runs: Runs, axis: str, resamples: int = 1000, seed: int = 0, 
     findings += check_extrapolation(outside)
     warnings, refused = split(findings)
     x = float(runs.samples.max())
-    facts = {**about(runs), "axis": axis, "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
-             "residual_sd": residual_spread(runs, law.broken(**values, x=runs.samples))}
+    facts = {
+        **about(runs),
+        "axis": axis,
+        "delta": delta,
+        "resamples": resamples,
+        "unconverged": unconverged,
+        "seed": seed,
+        "residual_sd": residual_spread(runs, law.broken(**values, x=runs.samples)),
+    }
     return Result(
         "bnsl", values, {}, intervals(draws, LEVEL) if draws else {}, float(found.solved.objective[0]),
-        {**outside._asdict(), "error_of": "loss", "baseline": "a power law of the axis, least squares"} if outside else None,
+        _held_out(outside, "a power law of the axis, least squares"),
         findings_json(warnings), findings_json(refused), facts,
         {"x": x, "loss": float(law.broken(**values, x=x))}, {name: value.tolist() for name, value in draws.items()},
         rows=rows_json(runs),
@@ -176,21 +198,28 @@ def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0, vocab: int
     values = _optima(curves)
     if not values:
         raise ValueError(
-            f"--form isoflop: {len(curves.profiles)} budgets have at least 4 sizes, two with a minimum are needed; rows of one "
+            f"--form isoflop: {len(curves.profiles)} budgets have at least 4 sizes, two with a "
+            "minimum are needed; rows of one "
             "budget are those whose --budget agrees, or whose FLOPs lie within 10% of each other"
         )
-    findings = [f for f in check_design(runs, "chinchilla", vocab) if f.check not in ("few runs", "narrow ratio")]
+    findings = [
+        f for f in check_design(runs, "chinchilla", vocab) if f.check not in ("few runs", "narrow ratio")
+    ]
     findings += check_isoflop(curves, None, runs, own=True)
     draws: dict[str, list[float]] = {}
     failed = 0
-    for weights in resample_weights(runs.cluster, resamples, np.random.default_rng(seed)) if resamples else ():
+    for weights in (
+        resample_weights(runs.cluster, resamples, np.random.default_rng(seed)) if resamples else ()
+    ):
         drawn = _optima(isoflop(runs, weights))
         failed += not drawn
         for name, value in drawn.items():
             draws.setdefault(name, []).append(value)
     arrays = {name: np.array(value) for name, value in draws.items()}
     if failed > 0.01 * resamples:
-        text = f"{failed} of {resamples} resamples have fewer than two minima and are left out of the intervals"
+        text = (
+            f"{failed} of {resamples} resamples have fewer than two minima and are left out of the intervals"
+        )
         findings.append(Finding("resamples", failed / resamples, 0.01, text))
     if arrays and np.ptp(np.quantile(arrays["a"], [0.025, 0.975])) > 0.4:
         low, high = interval(arrays["a"], LEVEL)
@@ -199,12 +228,17 @@ def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0, vocab: int
     outside = _isoflop_held_out(runs)
     warnings, refused = split(findings)
     largest = curves.profiles[-1].budget
-    shown = {"akima_a": float(curves.akima[1]), "akima_b": float(curves.akima[3]), "budgets_left_out": curves.skipped}
+    shown = {
+        "akima_a": float(curves.akima[1]),
+        "akima_b": float(curves.akima[3]),
+        "budgets_left_out": curves.skipped,
+    }
     return Result(
         "isoflop", values, {"a": values["a"], "b": values["b"]}, intervals(arrays, LEVEL) if arrays else {},
         0.0, outside, findings_json(warnings), findings_json(refused),
         {**about(runs), "resamples": resamples, "unconverged": failed, "seed": seed, **shown},
-        {"flops": largest, "loss": float(values["L0"] * largest ** values["c"])}, draws, profiles_json(curves), rows_json(runs),
+        {"flops": largest, "loss": float(values["L0"] * largest ** values["c"])}, draws,
+        profiles_json(curves), rows_json(runs),
     )  # fmt: skip
 
 
@@ -214,7 +248,14 @@ def _optima(curves: Any) -> dict[str, float]:
         return {}
     log_n0, a, log_d0, b = (float(value) for value in curves.parabola)
     c, log_loss = power_law(np.array([p.budget for p in fine]), np.array([p.parabola_loss for p in fine]))
-    return {"N0": float(np.exp(log_n0)), "a": a, "D0": float(np.exp(log_d0)), "b": b, "L0": float(np.exp(log_loss)), "c": c}
+    return {
+        "N0": float(np.exp(log_n0)),
+        "a": a,
+        "D0": float(np.exp(log_d0)),
+        "b": b,
+        "L0": float(np.exp(log_loss)),
+        "c": c,
+    }
 
 
 def _isoflop_held_out(runs: Runs) -> dict[str, Any] | None:

@@ -33,8 +33,8 @@ def nonnegative(
 def starts(
     x: Float[np.ndarray, " n"],
     y: Float[np.ndarray, " n"],
-    log_loss: Float[np.ndarray, "r n"],
-    weights: Float[np.ndarray, "s n"],
+    log_loss: Float[np.ndarray, "#r n"],
+    weights: Float[np.ndarray, "#r n"],
     keep: int,
     tied: bool = False,
 ) -> Float[np.ndarray, "t k 5"]:
@@ -52,12 +52,14 @@ def starts(
 def kaplan_starts(
     x: Float[np.ndarray, " n"],
     y: Float[np.ndarray, " n"],
-    log_loss: Float[np.ndarray, "r n"],
-    weights: Float[np.ndarray, "s n"],
+    log_loss: Float[np.ndarray, "#r n"],
+    weights: Float[np.ndarray, "#r n"],
     keep: int,
 ) -> Float[np.ndarray, "t k 4"]:
     """The `keep` best (A', B', ratio, alpha_D): L^(1 / alpha_D) is linear in A' and B'."""
-    cells = np.array([(ratio, power) for ratio in np.geomspace(0.1, 8.0, 12) for power in np.geomspace(0.03, 1.0, 12)])
+    cells = np.array(
+        [(ratio, power) for ratio in np.geomspace(0.1, 8.0, 12) for power in np.geomspace(0.03, 1.0, 12)]
+    )
     bases = np.stack([[np.zeros_like(x), np.exp(-ratio * x), np.exp(-y)] for ratio, _ in cells])
     linear, value = project(bases, log_loss[None] / cells[:, 1, None, None], weights)
     value = value * cells[:, 1] ** 2  # from the error of log L^(1 / alpha_D) to that of log L
@@ -65,7 +67,9 @@ def kaplan_starts(
 
 
 def project(
-    bases: Float[np.ndarray, "c 3 n"], log_target: Float[np.ndarray, "d r n"], weights: Float[np.ndarray, "s n"]
+    bases: Float[np.ndarray, "c 3 n"],
+    log_target: Float[np.ndarray, "d r n"],
+    weights: Float[np.ndarray, "s n"],
 ) -> tuple[Float[np.ndarray, "t c 3"], Float[np.ndarray, "t c"]]:
     """For each cell of a grid, whose law is linear in three functions of the runs, the best amplitudes >= 0 for
     each of R resamples, and sum_i w_i (1 - Lhat_i / L_i)^2. `log_target` may have one block for all cells."""
@@ -92,6 +96,8 @@ def _best(cells: np.ndarray, linear: np.ndarray, value: np.ndarray, keep: int) -
     left, chosen = value.copy(), []
     for _ in range(keep):
         best = np.where(np.isfinite(left).any(1), left.argmin(1), value.argmin(1))
-        chosen.append(np.concatenate([linear[rows, best], np.broadcast_to(cells[best], (count, cells.shape[1]))], 1))
+        chosen.append(
+            np.concatenate([linear[rows, best], np.broadcast_to(cells[best], (count, cells.shape[1]))], 1)
+        )
         left[(np.abs(place[None] - place[best][:, None]) <= 1).all(2)] = np.inf
     return np.stack(chosen, axis=1)
