@@ -131,7 +131,10 @@ def fit_runs(form: str, runs: Runs, delta: float = DELTA) -> tuple[dict[str, flo
 
 
 def predict(
-    form: str, values: Mapping[str, float | np.ndarray], params: np.ndarray, samples: np.ndarray
+    form: str,
+    values: Mapping[str, float | np.ndarray],
+    params: np.ndarray | float,
+    samples: np.ndarray | float,
 ) -> np.ndarray:
     """The loss that a law with these coefficients predicts; broadcasts."""
     function = law.kaplan if form == "kaplan" else law.chinchilla

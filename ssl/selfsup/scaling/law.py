@@ -39,7 +39,7 @@ def kaplan(
     """((Nc / N)^(alpha_N / alpha_D) + Dc / D)^alpha_D (Kaplan et al. 2020, equation 1.5); broadcasts."""
     ratio = np.asarray(alpha_N) / np.asarray(alpha_D)
     by_size = np.exp(ratio * (np.log(Nc) - np.log(params)))
-    return np.power(by_size + np.exp(np.log(Dc) - np.log(samples)), alpha_D)
+    return np.asarray(np.power(by_size + np.exp(np.log(Dc) - np.log(samples)), alpha_D))
 
 
 def effective(value: float | Array, unique: float | Array, decay: float | Array) -> Array:
@@ -51,10 +51,13 @@ def effective(value: float | Array, unique: float | Array, decay: float | Array)
     decay = np.asarray(decay, dtype=np.float64)
     finite = np.where(np.isinf(decay), 1.0, decay)
     worth = np.where(np.isinf(decay), repeats, -finite * np.expm1(-repeats / finite))
-    return np.minimum(value, unique) + unique * worth
+    return np.asarray(np.minimum(value, unique) + unique * worth)
 
 
-def optimal_params(E: float, A: float, B: float, alpha: float, beta: float, samples: float | Array) -> Array:
+def optimal_params(
+    E: float | Array, A: float | Array, B: float | Array, alpha: float | Array, beta: float | Array,
+    samples: float | Array,
+) -> Array:  # fmt: skip
     """The N for which `samples` are compute-optimal under C proportional to N D: alpha A / N^alpha = beta B / D^beta."""
     return np.asarray(np.power(alpha * A / (beta * B) * np.power(samples, beta), 1.0 / alpha))
 

@@ -80,4 +80,4 @@ def price(
     floor = inner["E"]
     # Along the optimum the inner law is E + K C^-(alpha a); invert it.
     ratio = (off**power - floor) / (best.loss**power - floor)
-    return off - best.loss, 1.0 - ratio ** (-1.0 / (inner["alpha"] * a))
+    return np.asarray(off - best.loss), np.asarray(1.0 - ratio ** (-1.0 / (inner["alpha"] * a)))
