@@ -80,3 +80,10 @@ def simulated(params, samples, noise=0.0, seed=0, cluster=None, truth=TRUTH) -> 
     return runs_of(
         params, samples, law.chinchilla(**truth, params=params, samples=samples) * np.exp(error), cluster
     )
+
+
+def is_epochs_fit(values, objective):
+    """Epoch's notebook, at delta 1e-3."""
+    assert objective == pytest.approx(EPOCH_OBJECTIVE, rel=1e-7)
+    for name, value in EPOCH.items():
+        assert values[name] == pytest.approx(value, rel=5e-4), name

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scaling_tables import TRUTH, checkpoint_design, epoch, isoflop_design, simulated
-from selfsup.scaling import check, law
+from scaling_tables import TRUTH, checkpoint_design, epoch, is_epochs_fit, isoflop_design, simulated
+from selfsup.scaling import check, law, start
 from selfsup.scaling.analyse import analyse
 from selfsup.scaling.design import check_design, seed_spread
+from selfsup.scaling.fit import fit, fit_runs, problem
 from selfsup.scaling.special import analyse_broken, analyse_isoflop, analyse_repeats
 from selfsup.scaling.sweeps import best_learning_rates
 from selfsup.scaling.table import Runs, runs_of
@@ -26,10 +27,10 @@ def found(result):
 
 
 def test_a_clean_design_is_not_accused():
-    """Over ten seeds: nothing is refused; at most a stray warning (each check is a test of chance or near it)."""
-    said = [found(analyse(clean(seed=seed), "chinchilla", resamples=200)) for seed in range(10)]
+    """Over five seeds: nothing is refused; at most a stray warning (each check is a test of chance or near it)."""
+    said = [found(analyse(clean(seed=seed), "chinchilla", resamples=200)) for seed in range(5)]
     assert not any(refuses for one in said for *_, refuses in one.values())
-    assert sum(len(one) for one in said) <= 5
+    assert sum(len(one) for one in said) <= 3
 
 
 def expect(result, name, refuses=False):
@@ -41,7 +42,7 @@ def expect(result, name, refuses=False):
 
 
 def of(params, samples, noise=0.002, **more):
-    return analyse(replace(simulated(params, samples, noise), **more), "chinchilla", resamples=200)
+    return analyse(replace(simulated(params, samples, noise), **more), "chinchilla", resamples=0)
 
 
 def test_one_ratio_is_refused():
@@ -147,7 +148,7 @@ def test_wide_curves_are_no_parabolas():
 def test_approaches_that_disagree():
     """A learning rate wrong for large models: their loss is high, the parabolas see it, the law bends."""
     runs = clean(0.0005)
-    worse = runs.loss * (1 + 0.03 * np.maximum(0, np.log(runs.params / 3e8)))
+    worse = runs.loss * (1 + 0.15 * np.maximum(0, np.log(runs.params / 6e8)))
     result = analyse(replace(runs, loss=worse), "chinchilla", resamples=100)
     expect(result, "approaches", found(result)["approaches"][2])
 
@@ -155,7 +156,7 @@ def test_approaches_that_disagree():
 def test_an_irreducible_loss_of_zero():
     params, samples = isoflop_design()
     none = {**TRUTH, "E": 0.0, "alpha": 0.1, "beta": 0.1, "A": 10.0, "B": 15.0}
-    result = analyse(simulated(params, samples, 0.004, truth=none), "chinchilla", resamples=200)
+    result = analyse(simulated(params, samples, 0.02, truth=none), "chinchilla", resamples=200)
     expect(result, "loose E")
     exact = analyse(simulated(params, samples, 0.0, truth=none), "chinchilla", resamples=0)
     assert expect(exact, "E at zero") < 1e-3
@@ -183,14 +184,16 @@ def test_exponents_stay_positive():
 def test_unconstrained_exponents_are_caught(monkeypatch):
     """The mutant: exponents of any sign are let through, and no error is raised."""
     monkeypatch.setattr(law, "EXPONENT_RANGE", (-40.0, 40.0))
+    monkeypatch.setattr(start, "GRID", np.concatenate([-start.GRID[::-1], start.GRID]))
     with pytest.raises(AssertionError):
         exponents_stay_positive()
 
 
 def test_trend_with_the_ratio():
     runs = clean(0.0005)
-    ratio = np.log(runs.samples / runs.params)
-    bent = runs.loss * (1 + 0.004 * np.cos(3 * (ratio - ratio.mean())))
+    ratio = runs.samples / runs.params
+    low, high = np.quantile(ratio, [1 / 3, 2 / 3])
+    bent = runs.loss * np.where((ratio > low) & (ratio <= high), 1.01, 1.0)
     result = analyse(replace(runs, loss=bent), "chinchilla", resamples=0)
     assert expect(result, "trend with D/N") < 1e-3
 
@@ -203,9 +206,9 @@ def test_outliers_that_move_the_exponents():
 
 
 def test_undertrained_small_runs():
-    """The cheapest budget is 2% too high, as of runs that were not cooled down."""
-    runs = clean(0.0005)
-    loss = np.where(runs.flops < 2.5e18, runs.loss * 1.03, runs.loss)
+    """The cheapest budgets are 1.5% too high, as of runs that were not cooled down."""
+    runs = clean(0.002)
+    loss = np.where(runs.flops < 3e18, runs.loss * 1.015, runs.loss)
     expect(analyse(replace(runs, loss=loss), "chinchilla", resamples=0), "cheapest runs")
 
 
@@ -238,10 +241,8 @@ def test_a_law_that_does_not_extrapolate_is_refused():
 def test_counting_convention():
     """Parameters without embeddings see another exponent: Pearce and Song's mechanism, N + w N^(1/3)."""
     params, samples = isoflop_design(low=1e15, high=1e18)
-    runs = replace(
-        simulated(params, samples, 0.0005),
-        also_params=np.maximum(params - 5e4 * params ** (1 / 3) * 0.5, 1e3),
-    )
+    without = np.maximum(params - 2.5e4 * params ** (1 / 3), 1e3)
+    runs = replace(simulated(params, samples, 0.0005), also_params=without)
     assert expect(analyse(runs, "chinchilla", 0), "counting") > 0.05
 
 
@@ -273,7 +274,7 @@ def test_unidentified_half_lives():
 def test_a_break_that_is_not_there():
     x = np.geomspace(1e6, 1e12, 16)
     loss = (1.5 + 40 * x**-0.2) * np.exp(0.01 * np.random.default_rng(0).standard_normal(16))
-    result = analyse_broken(runs_of(np.ones(16), x, loss), "tokens", 200)
+    result = analyse_broken(runs_of(np.ones(16), x, loss), "tokens", 100)
     expect(result, "few runs")
     expect(result, "unidentified break")
 
@@ -297,13 +298,9 @@ def test_unequal_sweeps_and_edges():
     assert {f.check for f in said} == {"one learning rate"}
 
 
-def test_a_mean_is_no_sum(monkeypatch):
+def test_a_mean_is_no_sum():
     """The mutant: the mean in place of the sum gives the same minimum here and another objective, which the test of
     Epoch's number sees; an optimiser with an absolute tolerance would stop early on it."""
-    from test_ground_truth import is_epochs_fit
-
-    from selfsup.scaling.fit import fit, problem
-
     runs = epoch()
     task = problem("chinchilla", runs)
     mean = fit(task, np.log(runs.loss)[None], np.full((1, len(runs)), 1 / len(runs)))
@@ -314,10 +311,6 @@ def test_a_mean_is_no_sum(monkeypatch):
 
 
 def test_a_threshold_of_one_is_caught():
-    from test_ground_truth import is_epochs_fit
-
-    from selfsup.scaling.fit import fit_runs
-
     values, wide = fit_runs("chinchilla", epoch(), delta=1.0)
     with pytest.raises(AssertionError):
         is_epochs_fit(values, wide.solved.objective[0])

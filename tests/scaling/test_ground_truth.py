@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from scaling_tables import C4, EPOCH, EPOCH_OBJECTIVE, epoch, marin, shared
+from scaling_tables import C4, epoch, is_epochs_fit, marin, shared
 from selfsup.scaling import law
 from selfsup.scaling.analyse import analyse
 from selfsup.scaling.bootstrap import bootstrap, interval
@@ -21,13 +21,6 @@ from selfsup.scaling.table import Columns, read_table
 def objective_at(runs, values, delta=1e-3):
     residual = np.log(runs.loss) - np.log(law.chinchilla(**values, params=runs.params, samples=runs.samples))
     return float(huber(residual, delta).sum())
-
-
-def is_epochs_fit(values, objective):
-    """Epoch's notebook, at delta 1e-3."""
-    assert objective == pytest.approx(EPOCH_OBJECTIVE, rel=1e-7)
-    for name, value in EPOCH.items():
-        assert values[name] == pytest.approx(value, rel=5e-4), name
 
 
 def test_epoch():

@@ -39,7 +39,7 @@ def solve(
     weights: Float[np.ndarray, "#r n"],
     bounds: Float[np.ndarray, "2 ... p"],
     delta: float = DELTA,
-    max_steps: int = 1000,
+    max_steps: int = 500,
     widest: float | None = None,
 ) -> Solved:
     """Minimises sum_i w_i Huber(log L_i - log Lhat_i) for each of R starts, within bounds.

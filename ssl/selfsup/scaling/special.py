@@ -88,13 +88,14 @@ def analyse_repeats(
         low, high = (float(np.exp(end)) for end in valley(curve, float(found.solved.objective[0])))
         curves[name] = {"value": np.exp(curve.value).tolist(), "objective": curve.objective.tolist()}
         bounded[name] = (low, high)
-        if high / low > 10:
+        spread = min(high, LIMITS[1]) / low
+        if spread > 10:
             text = (
                 f"{name} = {values[name]:.3g} is a point in a valley: from {low:.3g} to "
                 f"{high:.3g} the objective is within 2% of "
                 "its least; use the predictions, not the number"
             )
-            findings.append(Finding(f"unidentified {name}", high / low, 10, text))
+            findings.append(Finding(f"unidentified {name}", spread, 10, text))
     draws, unconverged = {}, 0
     if resamples:
         drawn = bootstrap(task, log_loss[None], runs.cluster, found.solved.theta, resamples, seed, delta)
