@@ -102,16 +102,18 @@ def fit(
     begin = task.begin(log_loss, weights, keep) if keep else np.empty((len(also), 0, len(task.bounds[0])))
     if also is not None:
         begin = np.concatenate([np.broadcast_to(also, (len(begin), also.shape[1]))[:, None], begin], axis=1)
-    tries = [
-        solve(task.model, begin[:, k], log_loss, weights, task.bounds, delta) for k in range(begin.shape[1])
-    ]
-    objective = np.stack([attempt.objective for attempt in tries], axis=1)
+    tables, tried, p = begin.shape
+    if len(log_loss) > 1:
+        log_loss = np.repeat(log_loss, tried, axis=0)
+    if len(weights) > 1:
+        weights = np.repeat(weights, tried, axis=0)
+    ends = solve(task.model, begin.reshape(-1, p), log_loss, weights, task.bounds, delta)
+    objective = ends.objective.reshape(tables, tried)
     best = objective.argmin(1)
-    rows = np.arange(len(best))
-    picked = Solved(*(np.stack(column, axis=1)[rows, best] for column in zip(*tries)))
+    picked = Solved(*(column[np.arange(tables) * tried + best] for column in ends))
     rounding = 1e-9 * delta**2 * log_loss.shape[1]  # exact data: objectives that differ by rounding are one
     agreed = (objective <= picked.objective[:, None] * (1 + 1e-6) + rounding).sum(1)
-    return Fitted(picked, agreed, len(tries))
+    return Fitted(picked, agreed, tried)
 
 
 def fit_runs(form: str, runs: Runs, delta: float = DELTA) -> tuple[dict[str, float], Fitted]:

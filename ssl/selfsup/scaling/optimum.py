@@ -31,12 +31,9 @@ def optimum(form: str, values: Values, flops: float, flops_per: float) -> Plan:
         log_g = (np.log(inner["alpha"] * inner["A"]) - np.log(inner["beta"] * inner["B"])) / total
         n = np.exp(log_g + inner["beta"] / total * np.log(flops / flops_per))
         d = flops / flops_per / n
-        own = (
-            law.chinchilla(**inner, params=n, samples=d)
-            if form == "repeats"
-            else loss_at(form, dict(values), params=n, samples=d)
-        )
-    return Plan(n, d, own)
+        if form == "kaplan":
+            return Plan(n, d, np.asarray(loss_at(form, dict(values), params=n, samples=d)))
+        return Plan(n, d, law.chinchilla(**inner, params=n, samples=d))
 
 
 def limited_optimum(

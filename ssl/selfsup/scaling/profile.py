@@ -30,7 +30,7 @@ def profile(
     theta[:, which] = np.repeat(values, starts)
     bounds = np.repeat(task.bounds[:, None], len(theta), axis=1)
     bounds[:, :, which] = theta[:, which]
-    found = solve(task.model, theta, log_loss[None], np.ones((1, len(log_loss))), bounds, delta)
+    found = solve(task.model, theta, log_loss[None], np.ones((1, len(log_loss))), bounds, delta, max_steps=60)
     objective = found.objective.reshape(count, starts)
     best = np.arange(count) * starts + objective.argmin(1)
     return Profile(values, objective.min(1), found.theta[best])
