@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from scaling_tables import TRUTH, isoflop_design, simulated
+from scaling_tables import ROOT, TRUTH, isoflop_design, simulated
 from selfsup import cli
 from selfsup.scaling import law
 from selfsup.scaling.result import read_result
@@ -277,3 +278,12 @@ def test_nothing_imports_torch():
 
 def test_a_machine_is_measured():
     assert measured_flop_per_second(128, 0.05) > 1e8
+
+
+def test_every_check_is_documented():
+    folder = ROOT / "ssl" / "selfsup" / "scaling"
+    source = "".join(path.read_text() for path in folder.glob("*.py"))
+    names = set(re.findall(r'Finding\(\s*"([^"]+)"', source)) - {"few "}
+    assert len(names) > 30
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert not [name for name in names if name not in text]

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from selfsup.scaling import law
 from selfsup.scaling.bootstrap import bootstrap, intervals
 from selfsup.scaling.check import (
     check_counting,
@@ -80,12 +81,16 @@ def profiles_of(
     if form == "kaplan":
         return {}
     least, curves = float(runs.loss.min()), {}
-    grids = {"E": (0, np.linspace(0.0, least, 25)), "alpha": (3, np.geomspace(0.03, 2.0, 25))}
-    if form == "chinchilla":
-        grids["beta"] = (4, np.geomspace(0.03, 2.0, 25))
+    near = np.linspace(0.8, 1.2, 13)
+    E = np.concatenate([np.linspace(0.0, least, 13), theta[0, 0] * near])
+    grids = {"E": (0, E[E <= least])}
+    for name, which in (("alpha", 3), ("beta", 4))[: 1 if form == "tied" else 2]:
+        around = theta[0, which] * np.concatenate([np.geomspace(0.25, 4.0, 13), near])
+        grids[name] = (which, np.clip(around, *law.EXPONENT_RANGE))
     ones = np.ones((1, len(runs)))
     others = np.concatenate([theta, task.begin(np.log(runs.loss)[None], ones, 2)[0]])
     for name, (which, values) in grids.items():
+        values = np.unique(values)
         curve = profile(task, np.log(runs.loss), which, values, others, delta)
         curves[name] = {"value": values.tolist(), "objective": curve.objective.tolist()}
     return curves
