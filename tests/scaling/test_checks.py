@@ -8,7 +8,7 @@ import pytest
 from scaling_tables import TRUTH, checkpoint_design, epoch, is_epochs_fit, isoflop_design, simulated
 from selfsup.scaling import check, law, start
 from selfsup.scaling.analyse import analyse
-from selfsup.scaling.design import check_design, seed_spread
+from selfsup.scaling.design import check_design, check_untrained, seed_spread
 from selfsup.scaling.fit import fit, fit_runs, problem
 from selfsup.scaling.special import analyse_broken, analyse_isoflop, analyse_repeats
 from selfsup.scaling.sweeps import best_learning_rates
@@ -47,7 +47,9 @@ def of(params, samples, noise=0.002, **more):
 
 def test_one_ratio_is_refused():
     params = np.geomspace(1e8, 1e10, 20)
-    assert expect(of(params, 20 * params), "one ratio", True) < 1.01
+    result = of(params, 20 * params)
+    assert expect(result, "one ratio", True) < 1.01
+    assert expect(result, "condition", True) > 3000
 
 
 def test_data_growing_with_size_is_refused():
@@ -100,15 +102,14 @@ def test_compute_off_the_budget():
 
 def test_initial_loss_and_divergence():
     runs = clean()
-    vocab = 50_000
-    result = analyse(replace(runs, initial_loss=np.full(len(runs), 10.9)), "chinchilla", 0, vocab=vocab)
-    assert "initial loss" not in found(result)
+    assert not check_untrained(replace(runs, initial_loss=np.full(len(runs), 10.9)), 50_000)
     bits = replace(runs, initial_loss=np.full(len(runs), 10.8 / np.log(2)))
-    expect(analyse(bits, "chinchilla", 0, vocab=vocab), "initial loss")
+    assert [one.check for one in check_untrained(bits, 50_000)] == ["initial loss"]
     loss = runs.loss.copy()
     loss[4] = 11.0
-    result = analyse(replace(runs, loss=loss), "chinchilla", 0, vocab=vocab)
-    expect(result, "diverged")
+    diverged = replace(runs, loss=loss)
+    assert [one.check for one in check_untrained(diverged, 50_000)] == ["diverged"]
+    result = analyse(diverged, "chinchilla", 0)
     assert expect(result, "outliers") > 10
     assert "lines 6" in next(f["text"] for f in result.warnings if f["check"] == "outliers")
 

@@ -207,6 +207,19 @@ def test_a_strangers_names_are_escaped(tmp_path, monkeypatch, capsys):
     assert "<b>.csv" not in page and "&lt;b&gt;.csv" in page
 
 
+def test_a_torn_fit_is_one_line(fitted, monkeypatch, capsys):
+    content = json.loads(fitted.read_text())
+    for key, value in (
+        ("coefficients", {"E": 1.0}),
+        ("anchor", {}),
+        ("coefficients", None),
+        ("exponents", {}),
+    ):
+        fitted.write_text(json.dumps({**content, key: value}))
+        code, _, error = run(monkeypatch, capsys, "predict", "--fit", fitted, "--flops", "1e21")
+        assert code == 2 and "a part is missing" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("edit", ["rounded", "exponent"])
 def test_an_edited_fit_is_noticed(fitted, edit, monkeypatch, capsys):
     """Rounded coefficients predict other losses."""
@@ -235,8 +248,16 @@ FAULTS = [
     (["fit", "TABLE", *FIT, "--where", "budget=7"], "no row has it"),
     (["fit", "TABLE", *FIT, "--drop-highest", "99"], "expected fewer than the 42 usable rows, got 99"),
     (["fit", "TABLE", *FIT[:-2], "--resamples", "10"], "expected 0 or at least 100"),
+    (["fit", "TABLE", *FIT, "--flops-per", "-6"], "--flops-per: expected a positive number"),
+    (["fit", "TABLE", *FIT, "--vocab", "1"], "--vocab: expected at least 2"),
     (["fit", "TABLE", *FIT, "--delta", "0"], "--delta: expected a positive number"),
     (["fit", "TABLE", *FIT, "--drop-highest", "38"], "expected at least 5 rows, got 4"),
+    (["fit", "TABLE", *FIT, "--base", "OUT"], "--base: is for --form repeats, got chinchilla"),
+    (
+        ["fit", "TABLE", *FIT, "--form", "isoflop", "--also-params", "N"],
+        "--also-params: is for --form chinchilla",
+    ),
+    (["fit", "TABLE", *FIT, "--warmup", "D"], "--warmup: expected --steps too"),
     (["predict", "--fit", "NONE", "--flops", "1"], "cannot read the fit: No such file"),
     (["predict", "--fit", "TABLE", "--flops", "1"], "cannot read the fit: it is not JSON"),
     (["predict", "--fit", "OUT"], "expected one of --flops C, --hours T"),
@@ -257,6 +278,15 @@ def test_one_line_a_fault(words, said, fitted, table, tmp_path, monkeypatch, cap
     code, _, error = run(monkeypatch, capsys, *(names.get(word, word) for word in words))
     assert code == 2 and said in error and error.count("\n") == 1 and error.startswith("error: ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_sweeps_and_vocabularies_are_judged_for_every_form(table, tmp_path, monkeypatch, capsys):
+    rows = table.read_text().splitlines()
+    table.write_text("\n".join([rows[0] + ",lr", *(row + ",0.01" for row in rows[1:])]) + "\n")
+    for form in ("chinchilla", "isoflop"):
+        words = ["fit", table, *FIT, "--lr", "lr", "--vocab", "10", "--form", form]
+        said = run(monkeypatch, capsys, *words)[1]
+        assert "one learning rate (0.01) for all sizes" in said and "not below ln 10" in said
 
 
 def test_what_is_left_out_is_said(table, monkeypatch, capsys):

@@ -68,7 +68,7 @@ def test_intervals_cover(clustered):
 
 @pytest.mark.slow
 def test_resampling_rows_of_runs_is_caught():
-    """The mutant: checkpoints of one run taken for independent runs. Its 95% intervals hold the truth in about 70%."""
+    """The mutant: checkpoints of one run taken for independent runs. Its 95% intervals hold the truth in about 75%."""
     values = draws_of(clustered=True, resample_rows=True)
     with pytest.raises(AssertionError):
         is_nominal(values)

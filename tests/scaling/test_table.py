@@ -25,7 +25,9 @@ def test_numbers(text, value):
     assert number(text) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text", ["", "NaN", "nan", "N/A", "-", "none", "diverged", "12 apples", "1.2.3"])
+@pytest.mark.parametrize(
+    "text", ["", "NaN", "nan", "N/A", "-", "none", "diverged", "12 apples", "1.2.3", "3,10", "1,2345"]
+)
 def test_what_is_no_number(text):
     assert np.isnan(number(text))
 
@@ -121,6 +123,7 @@ def test_clusters_conditions_and_extras(tmp_path):
         ),
         ("N,D,loss\n1,2\n", PLAIN, (), "line 2: 2 cells, the header has 3"),
         ("N,D,N,loss\n1,2,3,4\n", PLAIN, (), "the column 'N' is there twice"),
+        ("N;D;loss\n1;2;3,105\n", PLAIN, (), "line 2: 3,105: write decimal points, not commas"),
         ("N,D,loss\n", PLAIN, (), "expected a header and rows, got 1 lines"),
         ("", PLAIN, (), "expected a header and rows, got 0 lines"),
         ("N,D,loss,s\n1,2,3,a\n", PLAIN, ("s=b",), "--where s=b: no row has it; s holds a"),

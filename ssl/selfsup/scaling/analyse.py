@@ -15,7 +15,7 @@ from selfsup.scaling.check import (
 from selfsup.scaling.check_isoflop import check_isoflop
 from selfsup.scaling.design import check_design
 from selfsup.scaling.extrapolate import BASELINE, Extrapolation, extrapolation
-from selfsup.scaling.finding import Finding, split
+from selfsup.scaling.finding import split
 from selfsup.scaling.fit import Problem, exponents, fit_runs, predict, problem
 from selfsup.scaling.isoflop import Isoflop, isoflop
 from selfsup.scaling.profile import profile
@@ -26,24 +26,14 @@ from selfsup.scaling.table import Runs
 LEVEL = 0.95
 
 
-def analyse(
-    runs: Runs, form: str, resamples: int = 1000, seed: int = 0, delta: float = DELTA, vocab: int | None = None,
-    before: list[Finding] | None = None,
-) -> Result:  # fmt: skip
+def analyse(runs: Runs, form: str, resamples: int = 1000, seed: int = 0, delta: float = DELTA) -> Result:
     """The law `form` (chinchilla, tied, kaplan) on these runs.
-
-    Args:
-        before: findings on the table made before (of learning-rate sweeps).
 
     Raises ValueError where there are fewer rows than parameters.
     """
     values, found = fit_runs(form, runs, delta)
     task = problem(form, runs)
-    findings = [
-        *(before or []),
-        *check_design(runs, form, vocab),
-        *check_fit(form, runs, task, values, found, delta),
-    ]
+    findings = [*check_design(runs, form), *check_fit(form, runs, task, values, found, delta)]
     draws, unconverged = _draws(form, task, runs, found.solved.theta, resamples, seed, delta)
     if draws:
         findings += check_draws(draws, unconverged, int(runs.cluster.max()) + 1, float(runs.loss.min()))

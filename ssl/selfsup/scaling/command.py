@@ -11,8 +11,10 @@ import numpy as np
 import tyro
 
 from selfsup.scaling.analyse import analyse
-from selfsup.scaling.predict import Prediction, predict_axis, predict_plan, predict_run
-from selfsup.scaling.result import Result, read_result, write_json, write_result
+from selfsup.scaling.design import check_untrained
+from selfsup.scaling.predict import predict_axis, predict_plan, predict_run
+from selfsup.scaling.result import findings_json, read_result, write_json, write_result
+from selfsup.scaling.show import show_prediction, show_result
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.special import analyse_broken, analyse_isoflop, analyse_repeats
 from selfsup.scaling.speed import measured_flop_per_second
@@ -21,13 +23,14 @@ from selfsup.scaling.table import Columns, Runs, read_table
 
 Form = Literal["chinchilla", "tied", "kaplan", "repeats", "bnsl", "isoflop"]
 Column = Annotated[str | None, tyro.conf.arg(metavar="COL")]
-_LAWS = {
-    "chinchilla": "loss = E + A / N^alpha + B / D^beta",
-    "tied": "loss = E + A / N^alpha + B / D^alpha",
-    "kaplan": "loss = ((Nc / N)^(alpha_N / alpha_D) + Dc / D)^alpha_D",
-    "repeats": "chinchilla at effective data U + U R_D (1 - exp(-(D / U - 1) / R_D)), parameters likewise with R_N",
-    "bnsl": "loss = a + b x^-c0 (1 + (x / d1)^(1 / f1))^(-c1 f1)",
-    "isoflop": "optimal N = N0 C^a, D = D0 C^b, loss there L0 C^c",
+_N_AND_D = ("chinchilla", "tied", "kaplan")
+_ONLY_FOR = {
+    "--base": ("repeats",),
+    "--also-params": _N_AND_D,
+    "--budget": (*_N_AND_D, "repeats", "isoflop"),
+    "--unique": (*_N_AND_D, "repeats", "isoflop"),
+    "--steps": (*_N_AND_D, "repeats", "isoflop"),
+    "--warmup": (*_N_AND_D, "repeats", "isoflop"),
 }
 
 
@@ -94,7 +97,18 @@ def main_fit(
         raise ValueError(
             f"--resamples: expected 0 or at least 100 (a 95% interval's ends are 2.5% of them), got {resamples}"
         )
+    if flops_per is not None and not 0 < flops_per < math.inf:
+        raise ValueError(f"--flops-per: expected a positive number, got {flops_per:g}")
+    if vocab is not None:
+        _positive("--vocab", vocab, 2)
+    _positive("--seed", seed, 0)
     _axes(form, params, samples, flops)
+    _unused(form, {"--base": base, "--also-params": also_params, "--budget": budget, "--unique": unique,
+                   "--steps": steps, "--warmup": warmup})  # fmt: skip
+    if warmup is not None and steps is None:
+        raise ValueError("--warmup: expected --steps too, of which it is a share")
+    if initial_loss is not None and vocab is None:
+        raise ValueError("--initial-loss: expected --vocab too, whose logarithm it is held against")
     columns = Columns(
         params, loss, samples, flops, budget, cluster, unique, lr, steps, warmup, initial_loss, also_params
     )
@@ -102,6 +116,8 @@ def main_fit(
     if drop_highest:
         runs = _without_highest(runs, drop_highest)
     runs, before = best_learning_rates(runs)
+    if vocab is not None:
+        before += check_untrained(runs, vocab)
     match form:
         case "repeats":
             result = analyse_repeats(
@@ -110,9 +126,10 @@ def main_fit(
         case "bnsl":
             result = analyse_broken(runs, params or samples or flops or "", resamples, seed, delta)
         case "isoflop":
-            result = analyse_isoflop(runs, resamples, seed, vocab)
+            result = analyse_isoflop(runs, resamples, seed)
         case _:
-            result = analyse(runs, form, resamples, seed, delta, vocab, before)
+            result = analyse(runs, form, resamples, seed, delta)
+    result.warnings[:0] = findings_json(before)
     result.about["table"], result.about["command"] = (
         table.name,
         "selfsup scaling fit " + shlex.join(sys.argv[3:]),
@@ -142,6 +159,14 @@ def _axes(form: str, params: str | None, samples: str | None, flops: str | None)
         raise ValueError("expected --samples COL (tokens or images) or --flops COL, or both")
 
 
+def _unused(form: str, given: dict[str, Path | str | None]) -> None:
+    """Raises ValueError for an option that the form does not use: nothing is ignored in silence."""
+    for flag, value in given.items():
+        forms = _ONLY_FOR[flag]
+        if value is not None and form not in forms:
+            raise ValueError(f"{flag}: is for --form {', '.join(forms)}, got {form}")
+
+
 def _without_highest(runs: Runs, count: int) -> Runs:
     if count >= len(runs):
         raise ValueError(f"--drop-highest: expected fewer than the {len(runs)} usable rows, got {count}")
@@ -153,58 +178,6 @@ def _without_highest(runs: Runs, count: int) -> Runs:
 def _positive(flag: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{flag}: expected at least {least}, got {value}")
-
-
-def show_result(result: Result) -> None:
-    """The result for people."""
-    about = result.about
-    print(f"{about['table']}: {about['rows_read']} rows, {about['rows_used']} used, {about['runs']} runs")
-    for reason, count in about["dropped"].items():
-        print(f"  left out: {count} {reason}")
-    print(f"\n{result.form}: {_LAWS[result.form]}")
-    if result.form != "isoflop":
-        starts = f"; {about['starts_agreed']} of {about['starts']} starts agree" if "starts" in about else ""
-        print(f"  sum of Huber losses {result.objective:.6g} (delta {about['delta']:g}){starts}")
-    shown = dict(result.coefficients)
-    if result.form != "isoflop":
-        shown |= result.exponents
-    for name, value in shown.items():
-        print(f"  {name:8} {_number(value):>12}   {_range(result.intervals.get(name))}")
-    if about["resamples"]:
-        what = "runs" if about["clustered"] else "rows"
-        print(
-            f"  95% intervals from {about['resamples']} resamples of {about['runs']} {what}, "
-            f"{about['unconverged']} without an optimum"
-        )
-    if result.exponents:
-        print(
-            "  optimal N grows as C^a, D as C^b; take coefficients from --json: rounded ones predict other losses"
-        )
-    held = result.extrapolation
-    if held is not None:
-        print(
-            f"\nlargest runs held out ({held['held_out']} of {held['held_out'] + held['fitted']}, "
-            f"up to {held['reach']:.3g} times the "
-            f"largest fitted): {held['error_of']} off by {held['mean_error']:.2%} on average, "
-            f"{held['max_error']:.2%} at most\n"
-            f"  baseline, {held['baseline']}: {held['baseline_mean_error']:.2%}, {held['baseline_max_error']:.2%}"
-        )
-    for title, findings in (("warnings", result.warnings), ("REFUSED as a ground for plans", result.refused)):
-        if findings:
-            print(f"\n{title}:")
-            for found in findings:
-                print(f"  - {found['check']}: {found['text']}")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5g}"
-
-
-def _range(ends: list[float | None] | None) -> str:
-    if ends is None or len(ends) < 3:
-        return ""
-    low, high, level = ends
-    return f"{_number(low)} to {'no bound' if high is None else _number(high)} ({level:.0%})"
 
 
 def main_predict(
@@ -278,28 +251,6 @@ def _compute(hours: float, flop_per_second: float | None, utilisation: float) ->
         "samples/s times its FLOPs per sample, by --flop-per-second, is better"
     )
     return hours * 3600 * utilisation * peak, [note]
-
-
-def show_prediction(found: Prediction) -> None:
-    """The prediction for people."""
-    if found.flops is not None:
-        print(f"compute {found.flops:.4g} FLOPs")
-    names = {"params": "parameters N", "samples": "samples D", "loss": "loss", "epochs": "epochs"}
-    for name, (value, low, high) in found.values.items():
-        interval = "" if low is None else f"   {_number(low)} to {_number(high)} ({found.level:.0%})"
-        print(f"  {names[name]:13} {_number(value):>11}{interval}")
-    if found.price:
-        print("\nanother size at the same compute costs")
-        for factor, (above, wasted) in found.price.items():
-            print(f"  {factor:>4} N   loss +{above:.4f}, {wasted:.0%} of the compute wasted")
-    if found.rules:
-        print(
-            "\nlearning rate and batch by rules for language models under AdamW (they conflict: probe three rates)"
-        )
-        for name, (rate, batch) in found.rules.items():
-            print(f"  {name:8} lr {rate:.3g}, batch {batch:,.0f} tokens")
-    for note in found.notes:
-        print(f"note: {note}")
 
 
 def main_report(

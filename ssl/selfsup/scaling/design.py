@@ -11,17 +11,11 @@ WARMUP_SHARE = 0.2
 PARAMETERS = {"chinchilla": 5, "tied": 4, "kaplan": 4, "repeats": 2}
 
 
-def check_design(runs: Runs, form: str, vocab: int | None = None) -> list[Finding]:
-    """Too few runs or sizes, one ratio of data to parameters, repeats, short runs, compute off target, noise.
-
-    Args:
-        vocab: size of the vocabulary; an untrained model's cross-entropy is its logarithm.
-    """
+def check_design(runs: Runs, form: str) -> list[Finding]:
+    """Too few runs or sizes, one ratio of data to parameters, repeats, short runs, compute off target, noise."""
     found = [*_counts(runs, form), *_ratio(runs), *_repeated(runs, form), *_short(runs), *_target(runs)]
     found += _flops(runs)
     found += _seeds(runs)
-    if vocab is not None:
-        found += _untrained(runs, vocab)
     return found
 
 
@@ -172,7 +166,8 @@ def _seeds(runs: Runs) -> list[Finding]:
     return [Finding("seed noise", share, 0.2, text)]
 
 
-def _untrained(runs: Runs, vocab: int) -> list[Finding]:
+def check_untrained(runs: Runs, vocab: int) -> list[Finding]:
+    """Losses in nats against ln V, the cross-entropy of an untrained model over V symbols."""
     expected = float(np.log(vocab))
     found = []
     if runs.initial_loss is not None:

@@ -66,11 +66,11 @@ def _baseline(fitted: Runs, target: Runs) -> Float[np.ndarray, " n"]:
 def condition_number(task: Problem, theta: Float[np.ndarray, " p"]) -> float:
     """Of the law's gradient on these runs, each parameter in units of its own effect (columns of length one).
 
-    Infinite where a parameter has no effect. About 1e3 already means that some mixture of the parameters is
+    1e16 where a parameter has no effect. About 1e3 already means that some mixture of the parameters is
     known a thousand times worse than another.
     """
     J = task.model(theta[None])[1][0].T
     length = np.linalg.norm(J, axis=0)
     if (length <= 1e-12 * length.max()).any():
-        return float("inf")
-    return float(np.linalg.cond(J / length))
+        return 1e16
+    return min(float(np.linalg.cond(J / length)), 1e16)

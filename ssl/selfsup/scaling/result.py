@@ -96,7 +96,12 @@ def read_result(path: Path) -> Result:
             f"--fit {path}: not a fit; expected what selfsup scaling fit TABLE ... --json OUT writes"
         )
     result = Result(**{name: content[name] for name in names})
-    _verify(result, path)
+    try:
+        _verify(result, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--fit {path}: a part is missing or has another type ({error}); write the fit again"
+        ) from None
     return result
 
 

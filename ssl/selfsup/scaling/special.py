@@ -190,7 +190,7 @@ def analyse_broken(
     )  # fmt: skip
 
 
-def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0, vocab: int | None = None) -> Result:
+def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0) -> Result:
     """N* = N0 C^a, D* = D0 C^b and the loss there L0 C^c (no irreducible part), by parabolas.
 
     Raises ValueError where fewer than two budgets have an optimum.
@@ -203,9 +203,7 @@ def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0, vocab: int
             "minimum are needed; rows of one "
             "budget are those whose --budget agrees, or whose FLOPs lie within 10% of each other"
         )
-    findings = [
-        f for f in check_design(runs, "chinchilla", vocab) if f.check not in ("few runs", "narrow ratio")
-    ]
+    findings = [f for f in check_design(runs, "chinchilla") if f.check not in ("few runs", "narrow ratio")]
     findings += check_isoflop(curves, None, runs, own=True)
     draws: dict[str, list[float]] = {}
     failed = 0

@@ -21,7 +21,10 @@ FLOPS_PER = 6.0
 
 _SUFFIX = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _MISSING = {"", "na", "n/a", "nan", "none", "null", "-", "--", "?"}
-_NUMBER = re.compile(r"([+-]?(?:\d[\d,_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"([+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE
+)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,9 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     for line, row in found[1:]:
         if len(row) != len(header):
             raise ValueError(f"{path}, line {line}: {len(row)} cells, the header has {len(header)}")
+        comma = [cell for cell in row if delimiter == ";" and _DECIMAL_COMMA.fullmatch(cell.strip())]
+        if comma:
+            raise ValueError(f"{path}, line {line}: {comma[0].strip()}: write decimal points, not commas")
     return header, found[1:]
 
 
