@@ -212,7 +212,6 @@ def test_a_torn_fit_is_one_line(fitted, monkeypatch, capsys):
     for key, value in (
         ("coefficients", {"E": 1.0}),
         ("anchor", {}),
-        ("coefficients", None),
         ("exponents", {}),
     ):
         fitted.write_text(json.dumps({**content, key: value}))

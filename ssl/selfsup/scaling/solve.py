@@ -46,8 +46,8 @@ def solve(
 
     `log_loss` and `weights` may have one row for all; `bounds` are one pair for all or a pair for each fit.
     The threshold narrows to `delta` from the median residual, or from `widest`: from `delta` itself, a fit stays
-    in the valley where it starts. A fit has converged where no step within the bounds
-    promises to lower the objective by more than 1e-9 of it (or the residuals are rounding).
+    in the valley where it starts. A fit has converged where no step within the bounds promises to lower the
+    objective by more than 1e-9 of it (or the residuals are rounding).
     """
     rows = max(1, _BLOCK // (log_loss.shape[1] * theta.shape[1]))
     parts = []
@@ -62,8 +62,7 @@ def solve(
 
 def _solve_block(
     model: Model, theta: np.ndarray, y: np.ndarray, w: np.ndarray, bounds: np.ndarray, delta: float,
-    max_steps: int,
-    widest: float | None,
+    max_steps: int, widest: float | None,
 ) -> Solved:  # fmt: skip
     count = len(theta)
     bounds = np.broadcast_to(bounds if bounds.ndim == 3 else bounds[:, None], (2, *theta.shape))
@@ -104,9 +103,8 @@ def _descend(
         at, (low, high) = theta[left], bounds[:, left]
         fixed = ((at <= low) & (g > 0)) | ((at >= high) & (g < 0))
         step = _bounded_step(H + damping[left, None, None] * M, g, at, fixed, low, high)
-        promise = 0.5 * (np.where(fixed, 0.0, g) * _solved(H + 1e-3 * M, np.where(fixed, 0.0, g), fixed)).sum(
-            1
-        )
+        downhill = np.where(fixed, 0.0, g)
+        promise = 0.5 * (downhill * _solved(H + 1e-3 * M, downhill, fixed)).sum(1)
         ended = promise <= 1e-9 * objective[left] + 1e-22 * total[left]
         done[left[ended]] = True
         if ended.all():
