@@ -92,7 +92,11 @@ def test_repeats(table, tmp_path, monkeypatch, capsys):
     assert code == 0 and "R_D" in said
     result = read_result(out)
     assert result.coefficients["R_D"] == pytest.approx(15, rel=0.01)
+    low, high, _ = result.intervals["E"]
+    assert low <= result.coefficients["E"] <= high
+    assert run(monkeypatch, capsys, "fit", path, *words, "--base", out)[0] == 2  # no base law of its own
     assert run(monkeypatch, capsys, "fit", path, *words, "--base", base)[0] == 0
+    assert np.ptp(read_result(out).draws["E"]) > 0
     code, said, _ = run(
         monkeypatch, capsys, "predict", "--fit", out, "--flops", "1e21", "--unique-samples", "1e9"
     )

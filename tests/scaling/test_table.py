@@ -26,7 +26,7 @@ def test_numbers(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "NaN", "nan", "N/A", "-", "none", "diverged", "1.2.3", "3,10", "1,2345"]
+    "text", ["", "NaN", "nan", "N/A", "-", "none", "diverged", "1.2.3", "3,10", "12,34,567"]
 )
 def test_what_is_no_number(text):
     assert np.isnan(number(text))

@@ -49,6 +49,8 @@ def predict_plan(
     plan: Callable[[Any], Plan] = lambda values: optimum(result.form, values, flops, per)  # noqa: E731
     if unique is not None:
         plan = _limited(result, flops, unique, notes)
+    elif result.form == "repeats":
+        notes.append("data are taken to be fresh; --unique-samples U says how many there are")
     best, drawn = plan(result.coefficients), plan(result.values())
     values = _with_interval(best, drawn, result, level)
     if unique is not None:

@@ -21,7 +21,8 @@ class Result:
     """One law of one table.
 
     coefficients: by name, unrounded. exponents: a, b of the compute-optimal N and D (empty for bnsl).
-    intervals: {name: [low, high, level]}; None for an end that is not bounded. draws: coefficients of each
+    intervals: {name: [low, high, level]}; None for an end that is not bounded. objective: None
+    for isoflop. draws: coefficients of each
     resample. extrapolation: errors on held-out larger runs beside a naive baseline, or None. about: the table,
     rows, what was dropped, ranges, settings. profiles and rows: what pictures show. anchor: N, D and the loss
     predicted there, to notice edited files.
@@ -31,7 +32,7 @@ class Result:
     coefficients: dict[str, float]
     exponents: dict[str, float]
     intervals: dict[str, list[float | None]]
-    objective: float
+    objective: float | None
     extrapolation: dict[str, Any] | None
     warnings: list[dict[str, Any]]
     refused: list[dict[str, Any]]

@@ -73,12 +73,17 @@ def analyse_repeats(
                 f"(at least {ONE_EPOCH_RUNS}); "
                 "give one with --base FIT.json"
             )
-        base = analyse(runs.take(fresh), "chinchilla", 0, seed, delta)
+        base = analyse(runs.take(fresh), "chinchilla", resamples, seed, delta)
         findings += [
             Finding(f"base law: {f['check']}", f["value"], f["limit"], f"base law: {f['text']}")
             for f in base.refused
         ]
+    elif base.form not in ("chinchilla", "tied"):
+        raise ValueError(f"--base: expected a fit of form chinchilla or tied, got {base.form}")
     inner = {name: float(value) for name, value in inner_law(base.form, base.coefficients).items()}
+    if resamples and not base.draws:
+        text = "the base law was fitted without resamples: its own uncertainty is in no interval"
+        findings.append(Finding("fixed base law", 0, resamples, text))
     task = repeats_problem(runs, inner)
     log_loss, bounded, curves = np.log(runs.loss), {}, {}
     found, profiles = fit_repeats(task, log_loss, delta)
@@ -107,18 +112,26 @@ def analyse_repeats(
     last = int(runs.flops.argmax())
     at = {name: float(getattr(runs, name)[last]) for name in ("params", "samples", "unique")}
     loss = float(law.repeats(inner, values["R_D"], values["R_N"], **{k: np.array(v) for k, v in at.items()}))
-    base_draws = {name: np.full(resamples, inner[name]) for name in law.CHINCHILLA}
+    drawn_all = {**_base_draws(base, inner, resamples), **draws} if draws else {}
+    known = {name: values for name, values in base.intervals.items() if name in law.CHINCHILLA}
     return Result(
-        "repeats", {**inner, **values}, {"a": a, "b": b}, _open(intervals(draws, LEVEL)) if draws else {},
+        "repeats", {**inner, **values}, {"a": a, "b": b}, {**known, **_open(intervals(draws, LEVEL))} if draws else {},
         float(found.solved.objective[0]),
         _held_out(outside, "the base law, repeats counted as fresh data"),
         findings_json(warnings), findings_json(refused),
         {**about(runs), "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
          "residual_sd": residual_spread(runs, np.exp(task.model(found.solved.theta)[0][0])),
          "within_2_percent": {name: list(ends) for name, ends in bounded.items()}, "profiles": curves},
-        {**at, "loss": loss}, {name: value.tolist() for name, value in {**base_draws, **draws}.items()} if draws else {},
+        {**at, "loss": loss}, {name: value.tolist() for name, value in drawn_all.items()},
         rows=rows_json(runs),
     )  # fmt: skip
+
+
+def _base_draws(base: Result, inner: dict[str, float], resamples: int) -> dict[str, np.ndarray]:
+    """The base law's own draws beside those of the half-lives; they were drawn apart, so no pair is correlated."""
+    source = base.values()
+    count = len(source["E"])
+    return {name: source[name][np.arange(resamples) % count] for name in inner}
 
 
 def _open(found: dict[str, list[float]]) -> dict[str, list[float | None]]:
@@ -234,7 +247,7 @@ def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0) -> Result:
     }
     return Result(
         "isoflop", values, {"a": values["a"], "b": values["b"]}, intervals(arrays, LEVEL) if arrays else {},
-        0.0, outside, findings_json(warnings), findings_json(refused),
+        None, outside, findings_json(warnings), findings_json(refused),
         {**about(runs), "resamples": resamples, "unconverged": failed, "seed": seed, **shown},
         {"flops": largest, "loss": float(values["L0"] * largest ** values["c"])}, draws,
         profiles_json(curves), rows_json(runs),
