@@ -21,11 +21,10 @@ class Result:
     """One law of one table.
 
     coefficients: by name, unrounded. exponents: a, b of the compute-optimal N and D (empty for bnsl).
-    intervals: {name: [low, high, level]}; None for an end that is not bounded. objective: None
-    for isoflop. draws: coefficients of each
-    resample. extrapolation: errors on held-out larger runs beside a naive baseline, or None. about: the table,
-    rows, what was dropped, ranges, settings. profiles and rows: what pictures show. anchor: N, D and the loss
-    predicted there, to notice edited files.
+    intervals: {name: [low, high, level]}; None for an end that is not bounded. objective: None for isoflop.
+    draws: coefficients of each resample. extrapolation: errors on held-out larger runs beside a naive
+    baseline, or None. about: the table, rows, what was dropped, ranges, settings. profiles and rows: what
+    pictures show. anchor: N, D and the loss predicted there, to notice edited files.
     """
 
     form: str

@@ -74,12 +74,11 @@ def analyse_repeats(
                 "give one with --base FIT.json"
             )
         base = analyse(runs.take(fresh), "chinchilla", resamples, seed, delta)
-        findings += [
-            Finding(f"base law: {f['check']}", f["value"], f["limit"], f"base law: {f['text']}")
-            for f in base.refused
-        ]
     elif base.form not in ("chinchilla", "tied"):
         raise ValueError(f"--base: expected a fit of form chinchilla or tied, got {base.form}")
+    for one in base.refused:
+        text = f"of the base law: {one['text']}"
+        findings.append(Finding(f"base law: {one['check']}", one["value"], one["limit"], text, refuses=True))
     inner = {name: float(value) for name, value in inner_law(base.form, base.coefficients).items()}
     if resamples and not base.draws:
         text = "the base law was fitted without resamples: its own uncertainty is in no interval"
