@@ -13,7 +13,7 @@ from selfsup.scaling.fit import exponents, fit, problem
 from selfsup.scaling.table import runs_of
 
 TABLES, RESAMPLES = 200, 100
-TARGET = (2.4e10, 7e10)  # a hundredfold beyond the largest run
+TARGET = (2.4e10, 7e10)  # a hundredfold beyond the largest run of the isoFLOP design
 LIMITS = {0.8: (0.72, 0.95), 0.95: (0.91, 1.0)}
 """200 draws scatter by 2.8% and 1.5% (one standard deviation) about the nominal levels."""
 
