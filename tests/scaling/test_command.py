@@ -171,6 +171,7 @@ def test_a_refused_fit_plans_nothing(tmp_path, monkeypatch, capsys):
     code, said, _ = run(monkeypatch, capsys, "fit", path, *FIT, "--json", out)
     assert code == 1 and "REFUSED" in said and "one D/N" in said
     assert {"one ratio"} <= {found["check"] for found in json.loads(out.read_text())["refused"]}
+    assert run(monkeypatch, capsys, "report", "--fit", out, "--out", tmp_path / "report")[0] == 0
     code, _, error = run(monkeypatch, capsys, "predict", "--fit", out, "--flops", "1e22")
     assert code == 2 and "refused as a ground for plans" in error and "one ratio" in error
     code, said, _ = run(monkeypatch, capsys, "predict", "--fit", out, "--params", "2e10", "--samples", "4e11")
@@ -295,6 +296,17 @@ def test_sweeps_and_vocabularies_are_judged_for_every_form(table, tmp_path, monk
         words = ["fit", table, *FIT, "--lr", "lr", "--vocab", "10", "--form", form]
         said = run(monkeypatch, capsys, *words)[1]
         assert "one learning rate (0.01) for all sizes" in said and "not below ln 10" in said
+
+
+def test_a_law_without_one_of_its_terms_is_drawn(tmp_path, monkeypatch, capsys):
+    """A = 0: no optimum is finite; the refusal still has its report."""
+    path, out = tmp_path / "one.csv", tmp_path / "fit.json"
+    path.write_text(
+        "N,D,loss\n1e8,2e9,3.1\n2e8,4e9,2.9\n4e8,8e9,2.7\n8e8,1.6e10,2.55\n1.6e9,3.2e10,2.4\n3.2e9,6.4e10,2.3\n"
+    )
+    assert run(monkeypatch, capsys, "fit", path, *FIT, "--json", out)[0] == 1
+    assert json.loads(out.read_text())["coefficients"]["A"] == 0
+    assert run(monkeypatch, capsys, "report", "--fit", out, "--out", tmp_path / "report")[0] == 0
 
 
 def test_what_is_left_out_is_said(table, monkeypatch, capsys):

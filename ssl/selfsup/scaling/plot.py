@@ -48,6 +48,19 @@ def _colours(values: np.ndarray) -> np.ndarray:
     return colormaps["viridis"](0.9 * (logs - logs.min()) / span)
 
 
+def _along_optimum(result: Result, part: str, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The optimal `part` (params or loss) at each compute, and its 95% band, (k, 2), of the draws that
+    have one; nan where none is finite."""
+    per, line, band = result.about["flops_per"], [], []
+    for flops in grid:
+        line.append(float(getattr(optimum(result.form, result.coefficients, flops, per), part)))
+        drawn = getattr(optimum(result.form, result.values(), flops, per), part)
+        drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+        band.append(np.quantile(drawn, _BAND) if len(drawn) else [np.nan, np.nan])
+    found = np.array(line)
+    return np.where(np.isfinite(found) & (found > 0), found, np.nan), np.array(band)
+
+
 def isoflop_curves(axes: Axes, result: Result) -> None:
     """Loss against N of each budget, the parametric law as lines, optima by parabola as crosses."""
     colours = _colours(np.array([profile["budget"] for profile in result.profiles]))
@@ -75,14 +88,10 @@ def approaches(axes: Axes, result: Result) -> None:
     """The optimal N against compute, by the law with its band, by parabolas and by Akima."""
     low, high = result.about["ranges"]["flops"]
     grid = np.geomspace(low, 30 * high, 40)
-    per = result.about["flops_per"]
-    line = np.array([float(optimum(result.form, result.coefficients, c, per).params) for c in grid])
+    line, band = _along_optimum(result, "params", grid)
     name = "the law" if result.form in PARAMETRIC else "parabolas"
     axes.plot(grid, line, color="tab:blue", label=f"{name}: a = {result.exponents['a']:.3f}")
     if result.draws:
-        band = np.array(
-            [np.quantile(optimum(result.form, result.values(), c, per).params, _BAND) for c in grid]
-        )
         axes.fill_between(grid, band[:, 0], band[:, 1], color="tab:blue", alpha=0.2, lw=0, label="95%")
     for method, marker, colour in (("parabola", "x", "tab:red"), ("akima", "+", "tab:green")):
         points = np.array(
@@ -94,7 +103,9 @@ def approaches(axes: Axes, result: Result) -> None:
             axes.plot(grid, np.exp(height + slope * np.log(grid)), "--", lw=0.8, color=colour)
             axes.plot(*points.T, marker, color=colour, label=f"{method}: a = {slope:.3f}")
     axes.axvline(high, color="0.6", lw=0.8, ls=":")
-    axes.set(xscale="log", yscale="log", xlabel="compute, FLOPs (dotted: largest run)", ylabel="optimal N")
+    drawn = np.isfinite(line).any() or np.isfinite(band).any() or bool(result.profiles)
+    axes.set(xscale="log", xlabel="compute, FLOPs (dotted: largest run)", ylabel="optimal N")
+    axes.set(yscale="log" if drawn else "linear")
     axes.set_title("approaches against each other", fontsize=10)
     axes.legend(fontsize=8)
 
@@ -130,13 +141,9 @@ def prediction(axes: Axes, result: Result) -> None:
     """The loss along the compute-optimal line with its 95% band, to 30 times the largest compute; the runs below."""
     low, high = result.about["ranges"]["flops"]
     grid = np.geomspace(low, 30 * high, 50)
-    per = result.about["flops_per"]
-    line = np.array([float(optimum(result.form, result.coefficients, c, per).loss) for c in grid])
+    line, band = _along_optimum(result, "loss", grid)
     axes.plot(grid, line, color="tab:blue", label="compute-optimal")
     if result.draws:
-        band = np.array(
-            [np.quantile(optimum(result.form, result.values(), c, per).loss, _BAND) for c in grid]
-        )
         axes.fill_between(grid, band[:, 0], band[:, 1], color="tab:blue", alpha=0.2, lw=0, label="95%")
     flops, loss = np.array(result.rows["flops"]), np.array(result.rows["loss"])
     best = frontier(flops, loss)
@@ -144,11 +151,12 @@ def prediction(axes: Axes, result: Result) -> None:
     axes.scatter(flops[best], loss[best], s=12, color="tab:orange", label="no cheaper run is better")
     axes.axvline(high, color="0.6", lw=0.8, ls=":")
     top = float(np.quantile(loss, 0.98))
+    least = float(np.concatenate([loss, line[np.isfinite(line)]]).min())
     axes.set(
         xscale="log",
         xlabel="compute, FLOPs (dotted: largest run)",
         ylabel="loss",
-        ylim=(0.97 * min(line.min(), loss.min()), top),
+        ylim=(0.97 * least, 1.01 * top),
     )
     floor = result.coefficients.get("E")
     seen = floor is not None and floor > axes.get_ylim()[0]
