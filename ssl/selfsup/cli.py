@@ -34,6 +34,10 @@ usage: selfsup COMMAND ...
   attention mutants                  plant bugs in a kernel and see them caught
   attention explain LENGTH           which kernel `attention: auto` takes, and why
 
+  scaling fit TABLE                  a scaling law of any table of runs, with intervals and doubts
+  scaling predict --fit OUT          size, data and loss for --flops C or --hours T
+  scaling report --fit OUT           pictures and one HTML page
+
   data pack SOURCE DEST              images or text into WebDataset shards with an index; python-docs
   data index SHARDS                  build the index of shards made elsewhere
   data check SHARDS                  verify every shard, checksum, image and text
@@ -161,11 +165,26 @@ def main() -> int:
                 from selfsup.conformance.command import main_explain
 
                 return _call(main_explain, "selfsup attention explain", rest)
+            case ["scaling", "fit", *rest]:
+                from selfsup.scaling.command import main_fit
+
+                return tyro.cli(main_fit, prog="selfsup scaling fit", args=rest)
+            case ["scaling", "predict", *rest]:
+                from selfsup.scaling.command import main_predict
+
+                return _call(main_predict, "selfsup scaling predict", rest)
+            case ["scaling", "report", *rest]:
+                from selfsup.scaling.command import main_report
+
+                return _call(main_report, "selfsup scaling report", rest)
             case ["doctor", *rest]:
                 from selfsup.doctor.command import main_doctor
 
                 return tyro.cli(main_doctor, prog="selfsup doctor", args=rest)
-            case [] | ["-h" | "--help"] | ["data" | "attention"] | ["data" | "attention", "-h" | "--help"]:
+            case [] | ["-h" | "--help"] | ["data" | "attention" | "scaling"]:
+                print(USAGE)
+                return 0
+            case ["data" | "attention" | "scaling", "-h" | "--help"]:
                 print(USAGE)
                 return 0
     except (ValueError, OSError) as error:

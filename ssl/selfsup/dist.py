@@ -7,6 +7,7 @@ the default group (NCCL or gloo), on the device they lie on.
 
 import contextlib
 import functools
+import gc
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -166,6 +167,12 @@ def raise_together(fault: Exception | None, faults: float) -> None:
 
 
 def leave() -> None:
-    """Ends the process group, if there is one. Not after a fault: others may wait in a collective."""
+    """Ends the process group, if there is one. Not after a fault: others may wait in a collective.
+
+    With all that still refers to it: gloo's threads end with the last reference, and one that needs Python's lock
+    while Python itself ends aborts the process, after a run that had finished.
+    """
     if dist.is_initialized():
+        host_group.cache_clear()
         dist.destroy_process_group()
+        gc.collect()

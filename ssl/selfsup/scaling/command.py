@@ -1,0 +1,270 @@
+"""`selfsup scaling fit | predict | report`: what is typed, and what is printed."""
+
+import math
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from selfsup.scaling.analyse import analyse
+from selfsup.scaling.design import check_untrained
+from selfsup.scaling.predict import predict_axis, predict_plan, predict_run
+from selfsup.scaling.result import findings_json, read_result, write_json, write_result
+from selfsup.scaling.show import show_prediction, show_result
+from selfsup.scaling.solve import DELTA
+from selfsup.scaling.special import analyse_broken, analyse_isoflop, analyse_repeats
+from selfsup.scaling.speed import measured_flop_per_second
+from selfsup.scaling.sweeps import best_learning_rates
+from selfsup.scaling.table import Columns, Runs, read_table
+
+Form = Literal["chinchilla", "tied", "kaplan", "repeats", "bnsl", "isoflop"]
+Column = Annotated[str | None, tyro.conf.arg(metavar="COL")]
+_N_AND_D = ("chinchilla", "tied", "kaplan")
+_ONLY_FOR = {
+    "--base": ("repeats",),
+    "--also-params": _N_AND_D,
+    "--budget": (*_N_AND_D, "repeats", "isoflop"),
+    "--unique": (*_N_AND_D, "repeats", "isoflop"),
+    "--steps": (*_N_AND_D, "repeats", "isoflop"),
+    "--warmup": (*_N_AND_D, "repeats", "isoflop"),
+}
+
+
+def main_fit(
+    table: Annotated[Path, tyro.conf.arg(metavar="TABLE")],
+    /,
+    *,
+    loss: Annotated[str, tyro.conf.arg(metavar="COL")],
+    params: Column = None,
+    samples: Column = None,
+    flops: Column = None,
+    budget: Column = None,
+    cluster: Column = None,
+    unique: Column = None,
+    lr: Column = None,
+    steps: Column = None,
+    warmup: Column = None,
+    initial_loss: Column = None,
+    also_params: Column = None,
+    form: Form = "chinchilla",
+    where: tuple[str, ...] = (),
+    drop_highest: int = 0,
+    flops_per: float | None = None,
+    vocab: int | None = None,
+    base: Annotated[Path | None, tyro.conf.arg(metavar="FIT")] = None,
+    delta: float = DELTA,
+    resamples: int = 1000,
+    seed: int = 0,
+    json: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None,
+) -> int:
+    """Fits a scaling law to a table of runs, with intervals, a held-out error, and its doubts.
+
+    Exit code 1 where the fit is refused as a ground for plans (the reasons are printed and in OUT).
+
+    Args:
+        table: CSV, TSV or semicolons; one row a run, or several a run with --cluster.
+        loss: the loss; rows without one (NaN, diverged) are counted and left out.
+        params: parameters N (125M, 1.4e9 and 1,400,000 are read).
+        samples: data processed D, repeats counted: tokens, images.
+        flops: of the whole training; without it 6 N D, without --samples D = C / (6 N).
+        budget: nominal compute of an isoFLOP grid; without it FLOPs within 10% of each other are one budget.
+        cluster: the run of a row, where a run has several rows: they are resampled together.
+        unique: distinct samples, where data are repeated (--form repeats).
+        lr: learning rate; of each (N, D) the best one is kept, and the sweep is judged.
+        steps: optimizer steps; short runs are told.
+        warmup: warm-up steps.
+        initial_loss: loss before training, with --vocab.
+        also_params: parameters counted otherwise; says what that changes.
+        form: bnsl takes one axis, one of --params, --samples, --flops.
+        where: COLUMN=VALUE conditions on rows.
+        drop_highest: leave out so many of the highest losses.
+        flops_per: FLOPs per parameter and sample, in place of 6 or of what the table shows.
+        vocab: size of the vocabulary; losses are held against its logarithm.
+        base: for --form repeats, a chinchilla fit (OUT of an earlier fit) as the law of fresh data.
+        delta: Huber's threshold in log loss.
+        resamples: of the bootstrap; 0 for none.
+        json: the result as a file, for predict and report.
+    """
+    _positive("--resamples", resamples, 0)
+    _positive("--drop-highest", drop_highest, 0)
+    if not 0 < delta < math.inf:
+        raise ValueError(f"--delta: expected a positive number, got {delta:g}")
+    if 0 < resamples < 100:
+        raise ValueError(
+            f"--resamples: expected 0 or at least 100 (a 95% interval's ends are 2.5% of them), got {resamples}"
+        )
+    if flops_per is not None and not 0 < flops_per < math.inf:
+        raise ValueError(f"--flops-per: expected a positive number, got {flops_per:g}")
+    if vocab is not None:
+        _positive("--vocab", vocab, 2)
+    _positive("--seed", seed, 0)
+    _axes(form, params, samples, flops)
+    _unused(form, {"--base": base, "--also-params": also_params, "--budget": budget, "--unique": unique,
+                   "--steps": steps, "--warmup": warmup})  # fmt: skip
+    if warmup is not None and steps is None:
+        raise ValueError("--warmup: expected --steps too, of which it is a share")
+    if initial_loss is not None and vocab is None:
+        raise ValueError("--initial-loss: expected --vocab too, whose logarithm it is held against")
+    columns = Columns(
+        params, loss, samples, flops, budget, cluster, unique, lr, steps, warmup, initial_loss, also_params
+    )
+    runs = read_table(table, columns, where, flops_per)
+    if drop_highest:
+        runs = _without_highest(runs, drop_highest)
+    runs, before = best_learning_rates(runs)
+    if vocab is not None:
+        before += check_untrained(runs, vocab)
+    match form:
+        case "repeats":
+            result = analyse_repeats(
+                runs, None if base is None else read_result(base), resamples, seed, delta
+            )
+        case "bnsl":
+            result = analyse_broken(runs, params or samples or flops or "", resamples, seed, delta)
+        case "isoflop":
+            result = analyse_isoflop(runs, resamples, seed)
+        case _:
+            result = analyse(runs, form, resamples, seed, delta)
+    result.warnings[:0] = findings_json(before)
+    result.about["table"], result.about["command"] = (
+        table.name,
+        "selfsup scaling fit " + shlex.join(sys.argv[3:]),
+    )
+    if json is not None:
+        write_result(result, json)
+    show_result(result)
+    return 1 if result.refused else 0
+
+
+def _axes(form: str, params: str | None, samples: str | None, flops: str | None) -> None:
+    """Raises ValueError where the columns are not those of the form."""
+    given = [
+        flag
+        for flag, name in (("--params", params), ("--samples", samples), ("--flops", flops))
+        if name is not None
+    ]
+    if form == "bnsl":
+        if len(given) != 1:
+            raise ValueError(
+                "--form bnsl has one axis: expected one of --params, --samples, --flops, got "
+                f"{' '.join(given) or 'none'}"
+            )
+    elif params is None:
+        raise ValueError(f"--form {form}: expected --params COL, the number of parameters of each run")
+    elif len(given) < 2:
+        raise ValueError("expected --samples COL (tokens or images) or --flops COL, or both")
+
+
+def _unused(form: str, given: dict[str, Path | str | None]) -> None:
+    """Raises ValueError for an option that the form does not use: nothing is ignored in silence."""
+    for flag, value in given.items():
+        forms = _ONLY_FOR[flag]
+        if value is not None and form not in forms:
+            raise ValueError(f"{flag}: is for --form {', '.join(forms)}, got {form}")
+
+
+def _without_highest(runs: Runs, count: int) -> Runs:
+    if count >= len(runs):
+        raise ValueError(f"--drop-highest: expected fewer than the {len(runs)} usable rows, got {count}")
+    keep = np.ones(len(runs), dtype=bool)
+    keep[np.argsort(runs.loss)[len(runs) - count :]] = False
+    return runs.take(keep, f"the {count} highest losses (--drop-highest)")
+
+
+def _positive(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{flag}: expected at least {least}, got {value}")
+
+
+def main_predict(
+    *,
+    fit: Annotated[Path, tyro.conf.arg(metavar="OUT")],
+    flops: float | None = None,
+    hours: float | None = None,
+    flop_per_second: float | None = None,
+    utilisation: float = 0.4,
+    unique_samples: float | None = None,
+    params: float | None = None,
+    samples: float | None = None,
+    at: float | None = None,
+    level: float = 0.95,
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+) -> None:
+    """What to train with a compute: size, data, loss, each with its interval; and what missing the size costs.
+
+    Args:
+        fit: what selfsup scaling fit --json wrote.
+        flops: the compute of one training, counted as in the fitted table.
+        hours: the same as time, with --flop-per-second, else with this machine's measured speed.
+        flop_per_second: what training reaches (samples/s times FLOPs per sample of a run); taken as it is.
+        utilisation: with --hours alone: the share of the measured matrix products that training reaches.
+        unique_samples: distinct samples that there are; more are repeats.
+        params: with --samples, predicts the loss of that run instead of a plan.
+        at: for a bnsl fit, the value of its axis.
+        level: of the intervals.
+        json: the prediction as a file.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"--level: expected 0 < x < 1, got {level:g}")
+    result = read_result(fit)
+    said = []
+    if (params is None) != (samples is None):
+        raise ValueError("--params and --samples: expected both (the loss of that run) or neither (a plan)")
+    ways = sum(way is not None for way in (flops, hours, params, at))
+    if ways != 1:
+        raise ValueError(
+            f"expected one of --flops C, --hours T, --params N with --samples D, --at X; got {ways}"
+        )
+    if at is not None:
+        found = predict_axis(result, at, level)
+    elif params is not None and samples is not None:
+        found = predict_run(result, params, samples, unique_samples, level)
+    else:
+        if hours is not None:
+            flops, said = _compute(hours, flop_per_second, utilisation)
+        assert flops is not None
+        found = predict_plan(result, flops, level, unique_samples)
+    found.notes[:0] = said
+    if json is not None:
+        write_json(asdict(found), json)
+    show_prediction(found)
+
+
+def _compute(hours: float, flop_per_second: float | None, utilisation: float) -> tuple[float, list[str]]:
+    """FLOPs in so many hours, and where the speed comes from."""
+    if not 0 < hours < math.inf:
+        raise ValueError(f"--hours: expected a positive number, got {hours:g}")
+    if flop_per_second is not None:
+        if not 0 < flop_per_second < math.inf:
+            raise ValueError(f"--flop-per-second: expected a positive number, got {flop_per_second:g}")
+        return hours * 3600 * flop_per_second, [f"{hours:g} hours at {flop_per_second:.3g} FLOP/s as given"]
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"--utilisation: expected 0 < x <= 1, got {utilisation:g}")
+    peak = measured_flop_per_second()
+    note = (
+        f"{hours:g} hours at {utilisation:g} of {peak:.3g} FLOP/s, measured now in float32 matrix "
+        "products on this CPU; a run's own "
+        "samples/s times its FLOPs per sample, by --flop-per-second, is better"
+    )
+    return hours * 3600 * utilisation * peak, [note]
+
+
+def main_report(
+    *,
+    fit: Annotated[Path, tyro.conf.arg(metavar="OUT")],
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+) -> None:
+    """Pictures of a fit (PNG and SVG) and one HTML page with everything.
+
+    Args:
+        fit: what selfsup scaling fit --json wrote.
+        out: the folder; earlier pictures of the same names are replaced.
+    """
+    from selfsup.scaling.report import write_report
+
+    for path in write_report(read_result(fit), out):
+        print(path)

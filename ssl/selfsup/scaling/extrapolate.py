@@ -1,0 +1,76 @@
+"""How well a law foretells larger runs: fitted without the largest ones, it predicts them, beside a naive baseline."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from selfsup.scaling.fit import Problem, fit_runs, predict, problem
+from selfsup.scaling.solve import DELTA
+from selfsup.scaling.table import Runs
+
+HELD_OUT = 0.2
+"""Share of the runs that is held out where the table names no budgets: those of the largest compute."""
+
+
+class Extrapolation(NamedTuple):
+    """Relative errors of the loss, 0.01 is 1%; `reach` is the largest compute over the largest fitted."""
+
+    fitted: int
+    held_out: int
+    fitted_flops: float
+    reach: float
+    mean_error: float
+    max_error: float
+    baseline_mean_error: float
+    baseline_max_error: float
+
+
+BASELINE = "log loss linear in log N and log D (a power law without an irreducible part), least squares"
+
+
+def held_out_runs(runs: Runs) -> Bool[np.ndarray, " n"]:
+    """The runs of the largest budget, or without budgets the largest fifth by compute."""
+    if runs.budget is not None and len(np.unique(runs.budget)) >= 3:
+        return runs.budget == runs.budget.max()
+    cut = np.quantile(runs.flops, 1 - HELD_OUT)
+    return runs.flops > cut if (runs.flops > cut).any() else runs.flops >= cut
+
+
+def extrapolation(
+    form: str, runs: Runs, held_out: Bool[np.ndarray, " n"] | None = None, delta: float = DELTA
+) -> Extrapolation | None:
+    """Fits without the held-out runs and predicts them. None where too few runs would be left to fit."""
+    largest = held_out_runs(runs) if held_out is None else held_out
+    fitted = runs.take(~largest)
+    if not largest.any() or len(fitted) < len(problem(form, runs).bounds[0]) + 1:
+        return None
+    values, _ = fit_runs(form, fitted, delta)
+    target = runs.take(largest)
+    error = np.abs(predict(form, values, target.params, target.samples) / target.loss - 1)
+    naive = np.abs(_baseline(fitted, target) / target.loss - 1)
+    return Extrapolation(
+        len(fitted), len(target), float(fitted.flops.max()), float(runs.flops.max() / fitted.flops.max()),
+        float(error.mean()), float(error.max()), float(naive.mean()), float(naive.max()),
+    )  # fmt: skip
+
+
+def _baseline(fitted: Runs, target: Runs) -> Float[np.ndarray, " n"]:
+    def columns(runs: Runs) -> np.ndarray:
+        return np.stack([np.ones(len(runs)), np.log(runs.params), np.log(runs.samples)], axis=1)
+
+    slopes = np.linalg.lstsq(columns(fitted), np.log(fitted.loss), rcond=None)[0]
+    return np.exp(columns(target) @ slopes)
+
+
+def condition_number(task: Problem, theta: Float[np.ndarray, " p"]) -> float:
+    """Of the law's gradient on these runs, each parameter in units of its own effect (columns of length one).
+
+    1e16 where a parameter has no effect. About 1e3 already means that some mixture of the parameters is
+    known a thousand times worse than another.
+    """
+    J = task.model(theta[None])[1][0].T
+    length = np.linalg.norm(J, axis=0)
+    if (length <= 1e-12 * length.max()).any():
+        return 1e16
+    return min(float(np.linalg.cond(J / length)), 1e16)

@@ -1,0 +1,281 @@
+"""Reading anybody's table of runs: columns by their names, dropped rows counted by reason.
+
+A run is one row or, with a cluster column, several (checkpoints of one training, seeds): rows of one cluster are
+resampled together.
+"""
+
+import csv
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+FLOPS_PER = 6.0
+"""FLOPs per parameter and sample where the table does not say: 2 forward, 4 backward."""
+
+_SUFFIX = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+_MISSING = {"", "na", "n/a", "nan", "none", "null", "-", "--", "?"}
+_NUMBER = re.compile(
+    r"([+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE
+)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the table's columns. Of `samples` and `flops` at least one.
+
+    samples: data processed (tokens, images), repeats counted; unique: distinct samples, for repeated data.
+    flops: of the whole training. budget: the nominal compute of an isoFLOP grid. cluster: names the run a row
+    belongs to. lr, steps, warmup (in steps), initial_loss: for the checks that need them.
+    also_params: parameters counted otherwise (without embeddings), to see what that changes.
+    """
+
+    params: str | None
+    loss: str
+    samples: str | None = None
+    flops: str | None = None
+    budget: str | None = None
+    cluster: str | None = None
+    unique: str | None = None
+    lr: str | None = None
+    steps: str | None = None
+    warmup: str | None = None
+    initial_loss: str | None = None
+    also_params: str | None = None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """n usable rows. `flops_per` is C / (N D): 6 where only one of samples and FLOPs was given, else the median
+    over the larger half of the compute. `line` is the row's line in the file."""
+
+    params: Float[np.ndarray, " n"]
+    samples: Float[np.ndarray, " n"]
+    flops: Float[np.ndarray, " n"]
+    loss: Float[np.ndarray, " n"]
+    cluster: Int[np.ndarray, " n"]
+    line: Int[np.ndarray, " n"]
+    flops_per: float = FLOPS_PER
+    budget: Float[np.ndarray, " n"] | None = None
+    unique: Float[np.ndarray, " n"] | None = None
+    lr: Float[np.ndarray, " n"] | None = None
+    steps: Float[np.ndarray, " n"] | None = None
+    warmup: Float[np.ndarray, " n"] | None = None
+    initial_loss: Float[np.ndarray, " n"] | None = None
+    also_params: Float[np.ndarray, " n"] | None = None
+    clustered: bool = False
+    measured_flops: bool = False
+    read: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def take(self, keep: Bool[np.ndarray, " n"], reason: str | None = None) -> "Runs":
+        """The rows where `keep`; with a reason the others are counted among the dropped ones."""
+        parts = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, np.ndarray):
+                parts[item.name] = value[keep]
+        parts["cluster"] = np.unique(parts["cluster"], return_inverse=True)[1].astype(np.int64)
+        gone = int((~keep).sum())
+        if reason is not None and gone:
+            parts["dropped"] = {**self.dropped, reason: self.dropped.get(reason, 0) + gone}
+        return replace(self, **parts)
+
+
+def runs_of(
+    params: Float[np.ndarray, " n"], samples: Float[np.ndarray, " n"], loss: Float[np.ndarray, " n"],
+    cluster: Int[np.ndarray, " n"] | None = None,
+) -> Runs:  # fmt: skip
+    """Runs from arrays, with C = 6 N D: what a simulation has."""
+    n = len(loss)
+    codes = np.arange(n) if cluster is None else np.unique(cluster, return_inverse=True)[1].astype(np.int64)
+    return Runs(
+        params, samples, FLOPS_PER * params * samples, loss, codes, np.arange(n) + 2, read=n,
+        clustered=cluster is not None,
+    )  # fmt: skip
+
+
+def number(text: str) -> float:
+    """A cell as a number: 1.5e9, 1,500,000, 125M, 1.4B, 2T; nan where it is missing or no number.
+
+    Infinity stays infinite."""
+    text = text.strip().strip("$%").strip()
+    if text.lower() in _MISSING:
+        return math.nan
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        try:
+            return float(text)  # inf
+        except ValueError:
+            return math.nan
+    return float(found[1].replace(",", "").replace("_", "")) * _SUFFIX.get(found[2].lower(), 1.0)
+
+
+def read_table(
+    path: Path, columns: Columns, where: Sequence[str] = (), flops_per: float | None = None
+) -> Runs:
+    """The usable rows of a CSV, TSV or semicolon-separated file.
+
+    Args:
+        where: `COLUMN=VALUE` conditions; a row must meet all of them.
+        flops_per: FLOPs per parameter and sample, 6 where not given.
+
+    Raises ValueError where the file, a column, or every row is unusable, with what was found instead.
+    """
+    if columns.samples is None and columns.flops is None and columns.params is not None:
+        raise ValueError("give --samples COL (tokens or images) or --flops COL, or both: neither was given")
+    header, rows = _read(path)
+    for item in fields(columns):
+        _require(path, header, getattr(columns, item.name), f"--{item.name.replace('_', '-')}")
+    kept, dropped = _meet(path, header, rows, where)
+    cells = {
+        item.name: _column(path, header, kept, name, item.name)
+        for item in fields(columns)
+        if (name := getattr(columns, item.name)) is not None and item.name != "cluster"
+    }
+    lines = np.array([line for line, _ in kept], dtype=np.int64)
+    labels = [row[header.index(columns.cluster)].strip() if columns.cluster else "" for _, row in kept]
+    fine = np.ones(len(kept), dtype=bool)
+    for reason, bad in _faults(cells, columns, labels):
+        count = int((bad & fine).sum())
+        fine &= ~bad
+        if count:
+            dropped[reason] = count
+    if not fine.any():
+        said = "; ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it has none"
+        raise ValueError(f"{path}: not one of its {len(rows)} rows can be used: {said}")
+    cells = {name: values[fine] for name, values in cells.items()}
+    codes = [label for label, good in zip(labels, fine) if good] if columns.cluster else lines[fine]
+    cluster = np.unique(codes, return_inverse=True)[1].astype(np.int64)
+    return _complete(cells, cluster, lines[fine], columns, flops_per, len(rows), dropped)
+
+
+def _complete(
+    cells: dict[str, np.ndarray], cluster: np.ndarray, lines: np.ndarray, columns: Columns,
+    flops_per: float | None, read: int, dropped: dict[str, int],
+) -> Runs:  # fmt: skip
+    """Fills in whichever of samples and FLOPs the table lacks."""
+    per = FLOPS_PER if flops_per is None else flops_per
+    ones = np.ones(len(cluster))
+    params, samples, flops = (cells.pop(name, None) for name in ("params", "samples", "flops"))
+    measured = samples is not None and flops is not None and params is not None
+    if params is None:  # a law of one axis
+        params, samples = ones, (samples if samples is not None else flops)
+        flops = flops if flops is not None else samples
+    elif samples is None:
+        samples = flops / (per * params)
+    elif flops is None:
+        flops = per * params * samples
+    elif flops_per is None:
+        ratio = flops / (params * samples)
+        per = float(np.median(ratio[flops >= np.median(flops)]))
+    return Runs(
+        params, samples, flops, cells.pop("loss"), cluster, lines, float(per), **cells,
+        clustered=columns.cluster is not None, measured_flops=measured, read=read, dropped=dropped,
+    )  # fmt: skip
+
+
+def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header, and (line, cells) of every row that is not empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
+        raise ValueError(f"{path}: cannot read the table: {reason}") from None
+    first = text.partition("\n")[0]
+    delimiter = max(",\t;", key=first.count)
+    reader = csv.reader(text.splitlines(), delimiter=delimiter)
+    found = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    if len(found) < 2:
+        raise ValueError(f"{path}: expected a header and rows, got {len(found)} lines")
+    header = [name.strip() for name in found[0][1]]
+    twice = [name for name, count in Counter(header).items() if count > 1 and name]
+    if twice:
+        raise ValueError(f"{path}: the column {twice[0]!r} is there twice; give the columns different names")
+    for line, row in found[1:]:
+        if len(row) != len(header):
+            raise ValueError(f"{path}, line {line}: {len(row)} cells, the header has {len(header)}")
+        comma = [cell for cell in row if delimiter == ";" and _DECIMAL_COMMA.fullmatch(cell.strip())]
+        if comma:
+            raise ValueError(f"{path}, line {line}: {comma[0].strip()}: write decimal points, not commas")
+    return header, found[1:]
+
+
+def _require(path: Path, header: list[str], name: str | None, flag: str) -> None:
+    if name is not None and name not in header:
+        lower = {column.lower(): column for column in header}
+        near = difflib.get_close_matches(name.lower(), lower, 1, 0.5)
+        perhaps = f" Perhaps {lower[near[0]]!r}." if near else ""
+        raise ValueError(f"{path}: {flag}: no column {name!r}.{perhaps} Its columns: {', '.join(header)}")
+
+
+def _meet(
+    path: Path, header: list[str], rows: list[tuple[int, list[str]]], where: Sequence[str]
+) -> tuple[list[tuple[int, list[str]]], dict[str, int]]:
+    """Rows that meet the conditions, without exact copies."""
+    dropped: dict[str, int] = {}
+    for condition in where:
+        name, equals, value = condition.partition("=")
+        if not equals:
+            raise ValueError(f"--where {condition}: expected COLUMN=VALUE")
+        _require(path, header, name, "--where")
+        place = header.index(name)
+        met = [(line, row) for line, row in rows if _same(row[place], value)]
+        if not met:
+            seen = ", ".join(sorted({row[place] for _, row in rows})[:8])
+            raise ValueError(f"--where {condition}: no row has it; {name} holds {seen}")
+        if len(met) < len(rows):
+            dropped[f"not {condition}"] = len(rows) - len(met)
+        rows = met
+    single = {tuple(row): (line, row) for line, row in reversed(rows)}
+    if len(single) < len(rows):
+        dropped["exact copies of another row"] = len(rows) - len(single)
+    return sorted(single.values()), dropped
+
+
+def _same(cell: str, value: str) -> bool:
+    return cell.strip() == value.strip() or number(cell) == number(value)
+
+
+def _column(
+    path: Path, header: list[str], rows: list[tuple[int, list[str]]], name: str, field_name: str
+) -> np.ndarray:
+    place = header.index(name)
+    values = np.array([number(row[place]) for _, row in rows])
+    if len(values) and np.isnan(values).all():
+        shown = ", ".join(repr(row[place]) for _, row in rows[:3])
+        raise ValueError(
+            f"{path}: --{field_name.replace('_', '-')}: not one cell of {name!r} is a number; it holds {shown}"
+        )
+    return values
+
+
+def _faults(
+    cells: dict[str, np.ndarray], columns: Columns, labels: list[str]
+) -> list[tuple[str, np.ndarray]]:
+    """(reason, rows), in the order in which a row is judged."""
+    loss = cells["loss"]
+    faults = [
+        (f"{columns.loss} missing or NaN (diverged, or not finished)", np.isnan(loss)),
+        (f"{columns.loss} infinite (diverged)", np.isinf(loss)),
+        (f"{columns.loss} zero or negative", loss <= 0),
+    ]
+    for name in ("params", "samples", "flops", "unique", "budget", "lr", "also_params"):
+        if name in cells:
+            column = getattr(columns, name)
+            faults.append((f"{column} missing or no number", ~np.isfinite(cells[name])))
+            faults.append((f"{column} zero or negative", cells[name] <= 0))
+    if columns.cluster is not None:
+        missing = np.array([not label for label in labels], dtype=bool)
+        faults.append((f"{columns.cluster} missing", missing))
+    return faults
