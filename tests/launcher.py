@@ -195,4 +195,4 @@ if __name__ == "__main__":
         serve()
     else:
         instrument(json.loads(os.environ.get("SELFSUP_TEST", "{}")))
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(dist.finish(main(sys.argv[1:])))

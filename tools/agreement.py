@@ -110,10 +110,11 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
         import torch
 
+        from selfsup.dist import finish
         from selfsup.train import main as train
 
         torch.set_num_threads(1)
         if os.environ["AGREEMENT_FLOAT64"]:
             torch.set_default_dtype(torch.float64)
-        sys.exit(train(sys.argv[2:]))
+        sys.exit(finish(train(sys.argv[2:])))
     main()

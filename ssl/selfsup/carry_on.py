@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from selfsup import start, train
+from selfsup import dist, start, train
 from selfsup.config import read_yaml, validate
 from selfsup.recipe import Recipe, load_recipe
 
@@ -106,4 +106,4 @@ def changeable(overrides: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(dist.finish(main()))

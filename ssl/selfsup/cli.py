@@ -54,9 +54,10 @@ def main() -> int:
     try:
         match arguments:
             case ["train", *rest]:
+                from selfsup.dist import finish
                 from selfsup.train import main as train
 
-                return train(rest)
+                return finish(train(rest))
             case ["launch", *rest]:
                 from selfsup.launch import main as launch
 

@@ -49,6 +49,8 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         saver.close()
         opened.meter.record(state.step, state.samples)
     except (ValueError, OSError) as error:
+        if log is not None:
+            log.close()
         if lock is not None:
             run_folder.write_outcome(run_dir, "failed", saver.step or 0, reason=str(error))
         raise
@@ -248,4 +250,4 @@ def _leave(outcome: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(dist.finish(main()))
