@@ -5,7 +5,7 @@
 #
 # - NODES: machines, at least:at most; default 1. PROCESSES: on each; default 1. RDZV: where they meet, HOST being one of
 #   them; default this machine alone. HOST is the one machine whose loss ends the run. JOB: a name of the run, the
-#   same on all; default selfsup. RESTARTS: how often ranks may be lost, default 10; machines that join do not count.
+#   same on all; default selfsup. RESTARTS: how often ranks may be lost, or told to leave elsewhere, default 10; machines that join do not count.
 # - optim.batch_size must divide by every number of processes that may come (say 1, 2, 3, 4 machines: by 3 too), or
 #   the run refuses to start on that one. Do not give --run.expect-processes. Losses are then equal within rounding,
 #   and bit for bit as long as the number stays the same.

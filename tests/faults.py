@@ -6,11 +6,12 @@ import time
 
 import torch
 
-from selfsup import dist, opening, saving, train
+from selfsup import dist, opening, saving, start, train
 from selfsup.objectives.base import Output
 from selfsup.objectives.byol import BYOL
 from selfsup.objectives.mae import MAE
 from selfsup.probe.online import OnlineMonitor
+from selfsup.sharding import local
 
 
 class _Infinite(torch.autograd.Function):
@@ -47,6 +48,71 @@ def not_finite(what: str, rank: int, first: int, last: int) -> None:
 
     train.seed_model = seed_model
     MAE.forward, BYOL.forward = wrap(MAE.forward), wrap(BYOL.forward)
+
+
+def one_broken_gradient(step: int) -> None:
+    """At that step (0, 1, ...) one parameter's gradient is NaN."""
+    original, calls = train.gradient_norm, [0]
+
+    def gradient_norm(accelerator, objective):
+        calls[0] += 1
+        if calls[0] == step + 1:
+            objective.encoder.norm.weight.grad[0] = torch.nan
+        return original(accelerator, objective)
+
+    train.gradient_norm = gradient_norm
+
+
+def cannot_flush(rank: int) -> None:
+    """From the second checkpoint on one rank's files do not reach the disk: a quota, as network file systems tell it."""
+    original, calls = saving._flush, [0]
+
+    def flush(path):
+        if path.suffix == ".safetensors":
+            calls[0] += 1
+            if dist.rank() == rank and calls[0] > 1:
+                raise OSError(122, "Disk quota exceeded")
+        return original(path)
+
+    saving._flush = flush
+
+
+def broken_part(rank: int) -> None:
+    """At the second checkpoint one rank's part of the weights holds a NaN."""
+    original, calls = saving.snapshot, [0]
+
+    def snapshot(state, copy):
+        calls[0] += 1
+        if dist.rank() == rank and calls[0] == 2:
+            with torch.no_grad():
+                local(dict(state.objective.named_parameters())["encoder.norm.weight"])[:1] = torch.nan
+        return original(state, copy)
+
+    saving.snapshot = snapshot
+
+
+def slow_writes(seconds: float) -> None:
+    """Every checkpoint takes long to write."""
+    original = saving.write_checkpoint
+
+    def write_checkpoint(*arguments):
+        time.sleep(seconds)
+        return original(*arguments)
+
+    saving.write_checkpoint = write_checkpoint
+
+
+def half_precision(scale: float) -> None:
+    """A gradient scaler in the loop, as fp16 has it, on a CPU."""
+    original = start.accelerator
+
+    def accelerator(recipe):
+        made = original(recipe)
+        made.scaler, made.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
+        type(made).mixed_precision = property(lambda self: "fp16")
+        return made
+
+    start.accelerator = accelerator
 
 
 def stuck(rank: int, step: int) -> None:

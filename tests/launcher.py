@@ -40,8 +40,8 @@ def instrument(options: dict) -> None:
     if options.get("trace"):
         trace(Path(options["trace"]))
     if options.get("fault"):
-        name, *arguments = options["fault"]
-        getattr(faults, name)(*arguments)
+        for name, *arguments in options["fault"] if isinstance(options["fault"][0], list) else [options["fault"]]:
+            getattr(faults, name)(*arguments)
     if options.get("kinds"):
         trace_kinds(Path(options["kinds"]))
     if options.get("averages"):

@@ -148,9 +148,9 @@ def deaf_to_signals() -> None:
     """A request to stop that comes before the loop is forgotten."""
     original = train.steps
 
-    def steps(recipe, opened, stop):
+    def steps(recipe, opened, stop, watchdog):
         stop.reason = ""
-        return original(recipe, opened, stop)
+        return original(recipe, opened, stop, watchdog)
 
     train.steps = steps
 

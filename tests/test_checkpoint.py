@@ -28,6 +28,7 @@ CONTENT = {
     "data": {"shards": "d"},
     "run": {"dir": "r"},
 }
+FILES = ["config.yaml", "objective.safetensors", "optimizer.safetensors", "state.json"]
 
 
 def flat(state: TrainState) -> dict:
@@ -147,7 +148,7 @@ def order_of_saving(recipe, folder, monkeypatch) -> list[str]:
 def durable(events: list[str]) -> bool:
     """Every file, then the manifest, then the folder reach the disk before the rename; the rename does before
     anything is removed."""
-    files = [f"fsync {name}" for name in sorted(checkpoint.FILES)]
+    files = [f"fsync {name}" for name in FILES]
     wanted = [
         *files,
         "fsync manifest.json",
@@ -169,10 +170,10 @@ def test_a_missing_fsync_or_an_early_prune_is_caught(recipe, tmp_path, monkeypat
     for steps in (1, 2):
         save_checkpoint(tmp_path, state_of(recipe, 0, steps))
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "fsync_path", lambda path: None)
+        patch.setattr(saving, "fsync_path", lambda path: None)
         assert not durable(order_of_saving(recipe, tmp_path, monkeypatch))
     right = ["fsync manifest.json", "fsync .tmp-00000003", "rename step-00000003", "fsync checkpoints"]
-    files = [f"fsync {name}" for name in sorted(checkpoint.FILES)]
+    files = [f"fsync {name}" for name in FILES]
     assert durable([*files, *right, "remove step-00000001"])
     assert not durable([*files, "remove step-00000001", *right])
     assert not durable([*right, *files, "remove step-00000001"])

@@ -16,7 +16,10 @@ host="$(hostname -s)"
 
 fail() {
     echo "error: slurm_here: $*" >&2
-    exit 2
+    exit "${code:-2}"
+}
+cannot() { # SLURM is not to be had on this machine
+    code=3 fail "$@"
 }
 
 install_packages() {
@@ -26,12 +29,12 @@ install_packages() {
     command -v slurmd >/dev/null || missing+=(slurmd)
     command -v sbatch >/dev/null || missing+=(slurm-client)
     [ ${#missing[@]} -gt 0 ] || return 0
-    command -v apt-get >/dev/null || fail "${missing[*]} not found, and no apt-get to install them with"
+    command -v apt-get >/dev/null || cannot "${missing[*]} not found, and no apt-get to install them with"
     echo "installing ${missing[*]}"
     local log="$folder/apt.log" apt=(apt-get -o DPkg::Lock::Timeout=120 -o Acquire::http::Timeout=20)
     export DEBIAN_FRONTEND=noninteractive
     "${apt[@]}" update >"$log" 2>&1 && "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >>"$log" 2>&1 \
-        || fail "cannot install ${missing[*]} (no network?): $(tail -n 1 "$log")"
+        || cannot "cannot install ${missing[*]} (no network?): $(tail -n 1 "$log")"
 }
 
 free_port() { # from $1 upwards
@@ -90,7 +93,7 @@ is_alive() { # a zombie is not, whenever its parent looks
 }
 
 start() {
-    [ "$(id -u)" = 0 ] || fail "must be root: slurmd starts jobs as their owner"
+    [ "$(id -u)" = 0 ] || cannot "must be root: slurmd starts jobs as their owner"
     mkdir -p "$folder"/{state,spool}
     chmod go+rx "$folder" # munged and jobs of other users reach its socket through it
     install_packages

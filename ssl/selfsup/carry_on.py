@@ -9,6 +9,11 @@ ranks decide alike: none writes to the run folder before all have met.
 --as-seed N: seed N, in the folder seed-N of the recipe's run.dir; for arrays of jobs.
 """
 
+if __name__ == "__main__":  # as train.py does
+    from selfsup.stop import follow_launcher
+
+    follow_launcher()
+
 import argparse
 import json
 import os
@@ -54,11 +59,15 @@ def command_for(
     run = Path(recipe.run.dir)
     if not holds_run(run):
         return [str(config), *overrides, *([] if weights is None else ["--init-from", str(weights)])]
-    require_same(recipe, validate(Recipe, read_yaml(run / "config.yaml")), run)
+    kept = validate(Recipe, read_yaml(run / "config.yaml"))
+    require_same(recipe, kept, run)
     if state_of(run) == "finished":
         start.say(f"{run}: finished before, nothing to do")
         return None
-    return ["--resume", str(run), *changeable(overrides)]
+    options = changes(recipe, kept)
+    if options:
+        start.say(f"{run}: going on with {' '.join(options)}")
+    return ["--resume", str(run), *options]
 
 
 def holds_run(run: Path) -> bool:
@@ -94,15 +103,15 @@ def flat(content: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def changeable(overrides: list[str]) -> list[str]:
-    """Those overrides, with their values, that a resumed run may be given."""
-    kept, keeping = [], False
-    for argument in overrides:
-        if argument.startswith("--"):
-            keeping = argument[2:].partition("=")[0].replace("-", "_").startswith(MAY_CHANGE)
-        if keeping:
-            kept.append(argument)
-    return kept
+def changes(asked: Recipe, kept: Recipe) -> list[str]:
+    """What a resumed run may be given and is asked to do otherwise than before, in the YAML or after it."""
+    was, now = flat(kept.model_dump(mode="json")), flat(asked.model_dump(mode="json"))
+    options = []
+    for key in sorted(now):
+        if key.startswith(MAY_CHANGE) and key != "run.dir" and was.get(key) != now[key]:
+            value = json.dumps(now[key]) if not isinstance(now[key], str) else now[key]
+            options += [f"--{key.replace('_', '-')}", value]
+    return options
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def _parameter_names(content: dict[str, Any]) -> dict[int, str]:
 
 
 def read_tensors(checkpoint: Path, part: str, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The saved tensors of one of PARTS, on the host: split as those of the same name in `like` are, else whole."""
+    """The saved tensors of one of PARTS: split as those of the same name in `like` are, on their device, else whole, on
+    the host."""
     if (checkpoint / "tensors").is_dir():
         return sharding.load_parts(checkpoint / "tensors", f"{part}/", like or {})
     tensors = load_file(checkpoint / PARTS[part])

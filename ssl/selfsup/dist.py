@@ -12,6 +12,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -45,7 +46,16 @@ def host_group(purpose: str = "") -> dist.ProcessGroup | None:
         return None
     if not purpose and dist.get_backend() == "gloo":
         return dist.group.WORLD
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=_timeout[0])
+
+
+_timeout: list[timedelta | None] = [None]
+
+
+def allow(minutes: float) -> timedelta:
+    """Sets how long ranks may wait for each other in the groups that `host_group` makes; before the first is made."""
+    _timeout[0] = timedelta(minutes=minutes)
+    return _timeout[0]
 
 
 def sum_over_ranks(*values: float, group: dist.ProcessGroup | None = None) -> tuple[float, ...]:
@@ -61,13 +71,13 @@ def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]
     """Every rank's text, on every rank."""
     if world_size() == 1:
         return [text]
-    group, content = group or host_group(), torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    group, content = group or host_group(), torch.tensor([*text.encode(), 0], dtype=torch.uint8)  # never empty
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(content)]), group=group)
     longest = max(int(size) for size in sizes)
     texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
     dist.all_gather(texts, torch.nn.functional.pad(content, (0, longest - len(content))), group=group)
-    return [bytes(row[: int(size)].tolist()).decode() for row, size in zip(texts, sizes)]
+    return [bytes(row[: int(size) - 1].tolist()).decode() for row, size in zip(texts, sizes)]
 
 
 _seconds = [0.0]
@@ -159,12 +169,14 @@ def on_first_rank(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     return together(action, *args, **kwargs) if rank() == 0 else together(lambda: None)
 
 
-def raise_together(fault: Exception | None, faults: float) -> None:
-    """Raises this rank's fault, or OtherRankFailed where `faults` ranks have one and this has none."""
+def raise_together(fault: Exception | None, faults: float, group: dist.ProcessGroup | None = None) -> None:
+    """Raises this rank's fault, or OtherRankFailed, with theirs, where `faults` ranks have one and this has none."""
+    if not faults:
+        return
+    texts = gather_texts("" if fault is None else str(fault), group)
     if fault is not None:
         raise fault
-    if faults:
-        raise OtherRankFailed(f"{faults:.0f} other processes failed")
+    raise OtherRankFailed("; ".join(f"process {i}: {text}" for i, text in enumerate(texts) if text))
 
 
 def leave() -> None:

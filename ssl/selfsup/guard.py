@@ -20,26 +20,33 @@ _MOVING = ("running_mean", "running_var", "num_batches_tracked")
 FILE = "skipped.jsonl"
 
 
-def gradient_norm(accelerator: Accelerator, objective: Objective, most: float | None) -> Tensor:
-    """The norm of the whole gradient, a scalar on the device; clipped to `most` first where that is given.
-
-    Unscaled (fp16), over all processes' parts where they are split.
-    """
-    if most is not None:
-        return sharding.whole(accelerator.clip_grad_norm_(objective.parameters(), most))
+def gradient_norm(accelerator: Accelerator, objective: Objective) -> Tensor:
+    """The norm of the whole gradient, unscaled (fp16); a scalar on the device, of split weights a DTensor."""
     accelerator.unscale_gradients()
-    return sharding.whole(
-        torch.nn.utils.get_total_norm([p.grad for p in objective.parameters() if p.grad is not None])
-    )
+    return torch.nn.utils.get_total_norm([p.grad for p in objective.parameters() if p.grad is not None])
+
+
+def clip(objective: Objective, most: float | None, norm: Tensor) -> None:
+    """Shortens a gradient of that norm to `most`, where that is given and it is longer."""
+    if most is not None:
+        torch.nn.utils.clip_grads_with_norm_(objective.parameters(), most, norm)
 
 
 class Guard:
     """Keeps weights, averages and batch norm's statistics from a loss or gradient that is NaN or infinite."""
 
-    def __init__(self, objective: Objective, run_dir: Path, budget: int, skipped: int, scaled: bool) -> None:
-        """budget, skipped: steps of the whole run that may be, and have been, left out. scaled: fp16, whose scaler
-        leaves out steps with an infinite gradient itself, as it must to find its scale: they do not count."""
-        self._objective, self._file, self._budget, self._scaled = objective, run_dir / FILE, budget, scaled
+    def __init__(
+        self,
+        objective: Objective,
+        run_dir: Path,
+        budget: int,
+        skipped: int,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        """budget, skipped: steps of the whole run that may be, and have been, left out. scaler: of fp16; it leaves
+        out steps with an infinite gradient itself, as it must to find its scale. They do not count as long as the
+        scale is above 1: below, it is not the scale's fault."""
+        self._objective, self._file, self._budget, self._scaler = objective, run_dir / FILE, budget, scaler
         self._moving = [b for name, b in objective.named_buffers() if name.endswith(_MOVING)]
         self._kept = [b.clone() for b in self._moving]
         self.skipped = skipped
@@ -55,7 +62,9 @@ class Guard:
 
         Waits for the device: without that the weights would be gone before it is known.
         """
-        wrong = ~loss.isfinite() if self._scaled else ~(loss.isfinite() & norm.to(loss.device).isfinite())
+        norm = sharding.whole(norm).to(loss.device)
+        judged = self._scaler is None or self._scaler.get_scale() <= 1
+        wrong = ~(loss.isfinite() & norm.isfinite()) if judged else ~loss.isfinite()
         return bool(dist.all_reduce(wrong.float()).item())
 
     @torch.no_grad()
@@ -65,6 +74,8 @@ class Guard:
         """Undoes what the step changed, counts it, writes its samples to RUN/skipped.jsonl; one line for people."""
         if self._moving:
             torch._foreach_copy_(self._moving, self._kept)
+        if self._scaler is not None:
+            self._scaler.update(self._scaler.get_scale())  # forgets this step's unscaling, keeps the scale
         self.skipped += 1
         broken = [
             name for name, p in self._objective.named_parameters()

@@ -76,8 +76,9 @@ def open_run(recipe: Recipe, resume: Path | None, weights: Path | None) -> Opene
     if weights is not None:
         # Before `describe`: a folder that is described but has no checkpoint is resumed from the seed.
         saver.save(state)
+        saver.wait()
     elif resume is not None:
-        saver.step = state.step
+        saver.step = saver.written = state.step
     dist.on_first_rank(run_folder.describe, run_dir, recipe, plan.world, accelerator.device)
     dist.on_first_rank(start.keep_tokenizer, run_dir, data)
     log = dist.on_first_rank(MetricsLog, run_dir, state.step, recipe.optim.steps)

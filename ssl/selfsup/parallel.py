@@ -43,13 +43,10 @@ def gathered(recipe: Recipe, objective: Objective, device: torch.device) -> Obje
     """The objective with whole weights, to look at on the first process; of a split one a copy (a collective)."""
     if not sharding.is_sharded(objective):
         return objective
-    tensors = {}
-    for name, value in objective.state_dict().items():
+    copy = recipe.objective.build(recipe.encoder) if dist.rank() == 0 else objective
+    mine = copy.state_dict()
+    for name, value in objective.state_dict().items():  # one at a time; the others drop them at once
         value = sharding.whole(value)
-        if dist.rank() == 0:  # the others need not hold it
-            tensors[name] = value
-    if dist.rank() != 0:
-        return objective
-    copy = recipe.objective.build(recipe.encoder).to(device)
-    copy.load_state_dict(tensors)
-    return copy
+        if dist.rank() == 0:
+            mine[name].copy_(value)
+    return copy.to(device) if dist.rank() == 0 else objective

@@ -76,7 +76,8 @@ class RunConfig(Section):
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """Save and leave after so many hours, as if asked by a signal; none: no limit."""
     stall_minutes: Annotated[float, Field(ge=0)] = 30.0
-    """Without a step, a checkpoint or a measurement for so long every rank prints its stacks and leaves; 0: never."""
+    """Without a step for so long every rank prints its stacks and leaves; longer than a step with its measurement,
+    pictures and checkpoint must take. 0: never."""
     skip_budget: Annotated[int, Field(ge=0)] = 10
     """Steps of the whole run that may be skipped because loss or gradient is NaN or infinite; one more ends it."""
 

@@ -83,6 +83,8 @@ class Saver:
         self._writing: Future[Path] | None = None
         self.step: int | None = None
         """Of the last checkpoint begun, None before the first."""
+        self.written: int | None = None
+        """Of the last one that is on the disk."""
 
     def save(self, state: TrainState, prune: bool = True) -> None:
         """Writes `checkpoints/step-N`, or begins to; waits for the one before.
@@ -91,11 +93,13 @@ class Saver:
         not finite: earlier checkpoints are untouched then. In the background that comes with the next call.
         """
         self.wait()
+        takes_part = sharding.is_sharded(state.objective) or dist.rank() == 0
+        # Agreed upon before anybody writes: what follows is a collective where the state is split.
+        taken = dist.together(lambda: snapshot(state, self._thread is not None) if takes_part else None)
         self.step = state.step
-        if sharding.is_sharded(state.objective) or dist.rank() == 0:
-            dist.together(self._begin, state, prune)
-        else:
-            dist.together(lambda: None)
+        dist.together(lambda: None if taken is None else self._begin(taken, prune))
+        if self._thread is None:
+            self.written = state.step
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -105,6 +109,7 @@ class Saver:
         """Until what was begun is on the disk. Raises as `save` does."""
         writing, self._writing = self._writing, None
         dist.together(lambda: writing and writing.result())
+        self.written = self.step
 
     def close(self) -> None:
         """Waits, then ends the thread."""
@@ -112,8 +117,7 @@ class Saver:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _begin(self, state: TrainState, prune: bool) -> None:
-        taken = snapshot(state, copy=self._thread is not None)
+    def _begin(self, taken: Snapshot, prune: bool) -> None:
         job = (self._run_dir, taken, self._keep if prune else None, self._group)
         if self._thread is None:
             write_checkpoint(*job)
@@ -158,8 +162,13 @@ def _write(tmp: Path, taken: Snapshot, group: ProcessGroup | None) -> None:
         named = {f"{part}/{k}": v for part, tensors in taken.tensors.items() for k, v in tensors.items()}
         assert group is not None
         sharding.save_parts(named, tmp / "tensors", group)
-        own = {str(path.relative_to(tmp)): _flush(path) for path in sharding.own_files(tmp / "tensors")}
+        own, fault = {}, None
+        try:
+            own = {str(path.relative_to(tmp)): _flush(path) for path in sharding.own_files(tmp / "tensors")}
+        except OSError as error:  # where network file systems report a full disk
+            fault = error
         parts = [json.loads(text) for text in dist.gather_texts(json.dumps(own), group)]
+        dist.raise_together(fault, dist.sum_over_ranks(float(fault is not None), group=group)[0], group)
         manifest = {name: digest for part in parts for name, digest in part.items()}
     else:
         for part, tensors in taken.tensors.items():
@@ -179,7 +188,7 @@ def _alone(taken: Snapshot, group: ProcessGroup | None, action: Any, *arguments:
             action(*arguments)
         except OSError as error:
             fault = error
-    dist.raise_together(fault, dist.sum_over_ranks(float(fault is not None), group=group)[0])
+    dist.raise_together(fault, dist.sum_over_ranks(float(fault is not None), group=group)[0], group)
 
 
 def _open(tmp: Path, taken: Snapshot) -> None:
@@ -206,11 +215,14 @@ def _seal(tmp: Path, manifest: dict[str, str]) -> None:
 
 
 def _commit(tmp: Path, final: Path) -> None:
+    aside = final.with_name(f".abandoned-{final.name}")
     if final.exists():  # this very step was saved before
-        shutil.rmtree(final)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
     os.rename(tmp, final)
     fsync_path(final.parent)
     fsync_path(final.parent.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Generator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def accelerator(recipe: Recipe) -> Accelerator:
     ddp = DistributedDataParallelKwargs(find_unused_parameters=launched > 2)
     handlers = [ddp]
     if run.stall_minutes:  # the watchdog first, which says where every process stands; then torch's own limit
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=run.stall_minutes + 5)))
+        handlers.append(InitProcessGroupKwargs(timeout=dist.allow(run.stall_minutes + 5)))
     mixed = "no" if precision.mixed == "fp32" else precision.mixed
     result = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
     if run.threads is not None:  # after Accelerator, which sets its own number on several CPU processes

@@ -9,6 +9,11 @@ selfsup train CONFIG --dry-run                      print what would run, take o
 Every key of a recipe can be set in the YAML, or after it on the command line.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds: its launcher may die in them
+    from selfsup.stop import follow_launcher
+
+    follow_launcher()
+
 import argparse
 import contextlib
 import os
@@ -23,7 +28,7 @@ from selfsup import checkpoint, cost, dist, parallel, run_folder, start
 from selfsup.checkpoint import TrainState
 from selfsup.config import parse_overrides
 from selfsup.dry_run import dry_run
-from selfsup.guard import Guard, gradient_norm
+from selfsup.guard import Guard, clip, gradient_norm
 from selfsup.keyed import Purpose, random_bits
 from selfsup.metrics import StepClock
 from selfsup.opening import Opened, open_run
@@ -42,8 +47,9 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     stop = StopRequest(recipe.run.max_hours)  # before all that takes time: no signal is lost
     opened, run_dir = open_run(recipe, resume, weights), Path(recipe.run.dir)
     lock, log, saver = opened.lock, opened.log, opened.saver
+    watchdog = Watchdog(run_dir, recipe.run.stall_minutes, opened.state.step)
     try:
-        state = steps(recipe, opened, stop)
+        state = steps(recipe, opened, stop, watchdog)
         if saver.step != state.step:  # interrupted between two checkpoints
             saver.save(state)
         saver.close()
@@ -52,8 +58,10 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
         if log is not None:
             log.close()
         if lock is not None:
-            run_folder.write_outcome(run_dir, "failed", saver.step or 0, reason=str(error))
+            run_folder.write_outcome(run_dir, "failed", saver.written or 0, reason=str(error))
         raise
+    finally:
+        watchdog.close()
     opened.batches.close()
     outcome = "finished" if state.step == recipe.optim.steps else "interrupted"
     collapsed_at = None
@@ -73,19 +81,16 @@ def train(recipe: Recipe, resume: Path | None = None, weights: Path | None = Non
     return outcome
 
 
-def steps(recipe: Recipe, opened: Opened, stop: StopRequest) -> TrainState:
+def steps(recipe: Recipe, opened: Opened, stop: StopRequest, watchdog: Watchdog) -> TrainState:
     """The loop: from the opened state to the last step, or to the one before which somebody asked to stop."""
     accelerator, plan, data, objective, model, stepper, state, batches, saver, log, monitor, _, meter, peak = opened
     run_dir, run, optim, optimizer = Path(recipe.run.dir), recipe.run, recipe.optim, state.optimizer
     clock, pace = StepClock(), Pace(accelerator.device)
-    guard = Guard(objective, run_dir, run.skip_budget, state.skipped, accelerator.scaler is not None)
+    guard = Guard(objective, run_dir, run.skip_budget, state.skipped, accelerator.scaler)
     profiler = start.profiler(recipe, state.step)
-    watchdog = Watchdog(run.stall_minutes, dist.rank(), lambda seconds: run_folder.write_outcome(
-        run_dir, "stalled", state.step, reason=f"no step for {seconds:.0f} s", skipped=guard.skipped
-    ))  # fmt: skip
 
     for step in range(state.step, optim.steps):
-        watchdog.beat()
+        watchdog.beat(step)
         if profiler is not None:
             profiler.before(step)
         began = time.perf_counter()
@@ -128,17 +133,19 @@ def steps(recipe: Recipe, opened: Opened, stop: StopRequest) -> TrainState:
                 sums[name] = sums.get(name, 0) + value
 
         done = step + 1
-        grad_norm = gradient_norm(accelerator, objective, optim.clip_grad_norm)
+        grad_norm = gradient_norm(accelerator, objective)
         if guard.refuses(sums["loss"], grad_norm):
             said = guard.skip(step, micro_batches, sums["loss"].item(), grad_norm.item())
             if guard.spent:
-                saver.save(state, prune=False)
+                if saver.step != state.step:
+                    saver.save(state, prune=False)
                 saver.wait()
                 fault = ValueError(f"{said}; {guard.verdict(saver.path(state.step))}")
                 dist.raise_together(fault if dist.rank() == 0 else None, 1)
             start.say(f"{said}: skipped, {guard.skipped} of run.skip_budget {run.skip_budget}")
             refused = True
         else:
+            clip(objective, optim.clip_grad_norm, grad_norm)
             stepper.step()
             objective.after_step(step / optim.steps)
             if state.ema is not None:
@@ -174,15 +181,16 @@ def steps(recipe: Recipe, opened: Opened, stop: StopRequest) -> TrainState:
                 log.write(done, values)
         if log is not None and picture_now:
             start.show(log, done, recipe, whole, batch, data)
+        del whole  # of split weights a copy of all
         # Not after a skipped step: a run that diverges would fill its last checkpoints with what it diverged to.
         if (done % run.checkpoint_every == 0 and not refused) or done == optim.steps:
-            watchdog.beat()
+            watchdog.beat(done)
             saver.save(state)
             meter.record(done, state.samples)
         if log is not None:
             log.advance()
 
-    watchdog.close()
+    watchdog.beat(state.step)
     if profiler is not None:
         profiler.close(state.step)
     return state

@@ -8,6 +8,7 @@ import torch
 from joint import make_colour_shards, write_joint_config
 from running import Server, final_state, losses, make_shards, write_config
 from selfsup.checkpoint import read_tensors
+from selfsup.watchdog import STALLED
 
 BAD = 4  # the step (0, 1, ...) that goes wrong
 LAST = ["--optim.steps", BAD + 1]  # and is the last one, after which there is a checkpoint always
@@ -124,4 +125,27 @@ def test_a_verdict_of_ones_own_is_caught(bench):
     arguments = [bench.mae, "--run.dir", run, "--run.stall-minutes", 0.1]
     fault = ["not_finite", "loss", 1, BAD, BAD]
     codes = bench.server.wait(bench.server.start(arguments, log, 2, fault=fault, mutant="a_verdict_of_ones_own"))
-    assert 0 not in codes
+    assert STALLED in codes and 0 not in codes, log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_under_a_gradient_scaler(bench, what):
+    """fp16: a NaN loss is skipped and the scaler goes on; an infinite gradient is the scaler's own affair as long as it
+    has a scale to lower, and counts against the budget after that."""
+    last = BAD if what == "loss" else 8
+    fault = [["half_precision", 4.0], ["not_finite", what, 0, BAD, last]]
+    run, said = bench.run(f"scaled-{what}", bench.mae, 1, fault=fault)
+    skipped = json.loads((run / "outcome.json").read_text())["skipped"]
+    assert skipped == (1 if what == "loss" else 3)  # 4, 2 are lowered; at 1 the last three of five steps count
+    assert said.count("of run.skip_budget 10") == skipped
+
+
+@pytest.mark.slow
+def test_what_is_broken_is_named_although_gradients_are_clipped(bench):
+    """Clipping by a norm that is not finite would break every gradient before anybody looks."""
+    options = ["--optim.clip-grad-norm", 0.5]
+    run, _ = bench.run("clipped", bench.mae, 1, *options, fault=["one_broken_gradient", BAD])
+    named = json.loads((run / "skipped.jsonl").read_text())["ranks"][0]["parameters"]
+    assert named == ["encoder.norm.weight"]
+    assert [step for step, _, _ in losses(run)] == [1, 2, 3, 4, 6, 7, 8, 9]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -61,3 +62,25 @@ def test_orphans_are_caught(bench):
     launcher.wait()
     psutil.wait_procs(ranks, timeout=60)
     assert json.loads((run / "outcome.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_launcher_that_dies_while_its_ranks_still_import(bench):
+    """The kernel is asked for its word before torch is loaded, which takes seconds."""
+    folder, config = bench
+    run, command = folder / "early", [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "selfsup.train", config, "--run.dir", run, "--run.device", "cpu"]
+    # Or the ranks would miss the store that torchrun keeps for them, and end of that.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launcher = subprocess.Popen(list(map(str, command)), env=env)
+    found = []
+
+    def loading():
+        found[:] = [c for c in psutil.Process(launcher.pid).children() if "selfsup.train" in c.cmdline()]
+        return len(found) == 2 and all("libtorch" in Path(f"/proc/{c.pid}/maps").read_text() for c in found)
+
+    wait_for(loading)
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(found, timeout=60)
+    assert not alive and not (run / "outcome.json").exists() and not list(run.glob("checkpoints/*"))

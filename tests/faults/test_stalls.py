@@ -113,3 +113,39 @@ def test_hours_that_are_over(bench):
     outcome = bench.outcome("over")
     assert outcome["state"] == "interrupted" and outcome["reason"].startswith("run.max_hours 0.00055")
     assert [p.name for p in (bench.folder / "over/checkpoints").glob("step-*")][-1:] and outcome["step"] < 2000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("behind", ["false", "true"])
+@pytest.mark.parametrize(("fault", "said"), [("cannot_flush", "Disk quota exceeded"), ("broken_part", "not finite")])
+def test_a_split_save_that_fails_on_one_rank_ends_all_at_once(bench, fault, said, behind):
+    """Nobody waits for the one that failed; it says why, and the checkpoint before is whole."""
+    run = f"{fault}-{behind}"
+    options = ["--run.parallel", "fsdp2", "--run.background-checkpoints", behind, "--run.stall-minutes", 0.5]
+    assert bench.server.wait(bench.begin(run, 2, *options, fault=[fault, 1])) == [2, 2], bench.said(run)
+    assert said in bench.said(run) and "[rank 1] error:" in bench.said(run) and "Traceback" not in bench.said(run)
+    outcome = bench.outcome(run)
+    assert (outcome["state"], outcome["step"]) == ("failed", 3) and "process 1: " in outcome["reason"]
+    assert said in outcome["reason"]
+    assert [p.name for p in (bench.folder / run / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+@pytest.mark.slow
+def test_given_weights_are_on_the_disk_before_the_run_is_described(bench):
+    """Or a run killed in its first save would go on from the seed, without a word."""
+    whole = bench.folder / "giver"
+    assert bench.server.wait(bench.begin(whole.name, 1)) == [0]
+    options = ["--init-from", whole, "--run.background-checkpoints", "true"]
+    pids = bench.begin("given", 1, *options, fault=["slow_writes", 2.0])
+    run = bench.folder / "given"
+    wait_for(lambda: (run / "environment.json").exists())
+    kill(pids)
+    bench.server.wait(pids)
+    assert list(run.glob("checkpoints/step-00000000"))
+
+
+@pytest.mark.slow
+def test_the_last_save_is_watched_too(bench):
+    options = ["--run.background-checkpoints", "true", "--run.stall-minutes", 0.05, "--optim.steps", 3]
+    assert bench.server.wait(bench.begin("last", 1, *options, fault=["slow_writes", 30.0])) == [STALLED]
+    assert "no step for" in bench.said("last") and bench.outcome("last")["state"] == "stalled"

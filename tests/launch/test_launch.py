@@ -140,7 +140,7 @@ def test_the_slurm_command(bench, tmp_path, capsys, monkeypatch):
         call(config, *options)
 
 
-def test_what_carry_on_decides(bench, tmp_path):
+def test_what_carry_on_decides(bench, tmp_path, capsys):
     """A new run, the same again, as a seed of an array; only what may change is handed on."""
     _, config = bench
     run = tmp_path / "run"
@@ -151,7 +151,12 @@ def test_what_carry_on_decides(bench, tmp_path):
     pretend(run, config, "interrupted")
     same = ["--run.dir", str(run), "--run.workers", "1", "--optim.steps", "20", "--data.shards=x"]
     command = carry_on.command_for(config, same, Path("w"))
-    assert command == ["--resume", str(run), "--run.dir", str(run), "--run.workers", "1", "--data.shards=x"]
+    assert command == ["--resume", str(run), "--data.shards", "x", "--run.workers", "1"]
+    edited = tmp_path / "edited.yaml"  # what may change is taken from the YAML too, and said
+    edited.write_text(config.read_text().replace("checkpoint_every: 3", "checkpoint_every: 7, max_hours: 2.5"))
+    command = carry_on.command_for(edited, ["--run.dir", str(run)])
+    assert command == ["--resume", str(run), "--run.checkpoint-every", "7", "--run.max-hours", "2.5"]
+    assert f"{run}: going on with --run.checkpoint-every 7 --run.max-hours 2.5" in capsys.readouterr().out
     with pytest.raises(ValueError, match="seed: .* holds a run with 0, got 1\n.*choose another"):
         carry_on.command_for(config, [*same, "--seed", "1"])
     assert carry_on.main([str(config), *same, "--seed", "1"]) == 2

@@ -78,7 +78,7 @@ def cluster(tmp_path_factory):
     start = [str(here), "start", str(slurm)]
     done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=300)
     try:
-        if done.returncode == 2:
+        if done.returncode == 3:
             pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stdout + done.stderr
         yield Cluster(slurm, tmp_path_factory.mktemp("slurm"))

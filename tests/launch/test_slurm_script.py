@@ -168,7 +168,7 @@ def here(folder: Path, apt: str | None = None, **options) -> str:
             [shutil.which("bash"), "-s", "start", str(folder / "here")], stdin=script, capture_output=True, text=True,
             timeout=60, **{"env": {"PATH": str(programs)}, **options},
         )  # fmt: skip
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done
     return done.stderr
 
 
