@@ -78,7 +78,7 @@ def one(how: str, folder: Path, seed: int, options: list[str], whole: Path) -> d
         aim = rng.randrange(1, STEPS - 8)
         while steps_done(run) < aim:
             if launcher.poll() is not None:
-                raise SystemExit(f"{run}: ended by itself; see {log.name}")
+                raise SystemExit(f"{run.name}: ended by itself\n{Path(log.name).read_text()}")
             time.sleep(0.002)
         time.sleep(rng.random() * 0.1)
         ranks = [p for p in psutil.Process(launcher.pid).children() if "selfsup.train" in p.cmdline()]
@@ -87,7 +87,7 @@ def one(how: str, folder: Path, seed: int, options: list[str], whole: Path) -> d
         went_on = int(find_checkpoint(run)[0].name[5:]) if list(run.glob("checkpoints/step-*")) else 0
         resumed = subprocess.run(command("--resume", run), stdout=log, stderr=log)
     if resumed.returncode:
-        raise SystemExit(f"{run}: resume failed; see {log.name}")
+        raise SystemExit(f"{run.name}: resume failed\n{Path(log.name).read_text()}")
     return {"how": how, "aim": aim, "left": left, "from": went_on, "seconds": seconds, "difference": difference(run, whole)}
 
 
