@@ -21,15 +21,21 @@ FILE = "skipped.jsonl"
 
 
 def gradient_norm(accelerator: Accelerator, objective: Objective) -> Tensor:
-    """The norm of the whole gradient, unscaled (fp16); a scalar on the device, of split weights a DTensor."""
+    """The norm of the whole gradient, unscaled (fp16), over all processes' parts: a scalar on the device."""
     accelerator.unscale_gradients()
-    return torch.nn.utils.get_total_norm([p.grad for p in objective.parameters() if p.grad is not None])
+    return sharding.whole(torch.nn.utils.get_total_norm(_gradients(objective)))
 
 
 def clip(objective: Objective, most: float | None, norm: Tensor) -> None:
-    """Shortens a gradient of that norm to `most`, where that is given and it is longer."""
+    """Shortens a gradient of that norm to `most`, where that is given and it is longer; as torch's own, which takes
+    no plain norm for split gradients, with 1e-6 added to the norm."""
     if most is not None:
-        torch.nn.utils.clip_grads_with_norm_(objective.parameters(), most, norm)
+        parts = [sharding.local(grad) for grad in _gradients(objective)]
+        torch._foreach_mul_(parts, (most / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _gradients(objective: Objective) -> list[Tensor]:
+    return [p.grad for p in objective.parameters() if p.grad is not None]
 
 
 class Guard:
@@ -62,7 +68,7 @@ class Guard:
 
         Waits for the device: without that the weights would be gone before it is known.
         """
-        norm = sharding.whole(norm).to(loss.device)
+        norm = norm.to(loss.device)
         judged = self._scaler is None or self._scaler.get_scale() <= 1
         wrong = ~(loss.isfinite() & norm.isfinite()) if judged else ~loss.isfinite()
         return bool(dist.all_reduce(wrong.float()).item())
