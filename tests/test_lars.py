@@ -115,16 +115,16 @@ class RateInTheMomentum(Lars):
             self.last = group["lr"]
 
 
-def ratio_without_decay(weights, updates, trust_coefficient):
+def ratio_without_decay(weights, updates, trust_coefficient, split=False):
     return trust_ratios(weights, [w.grad for w in weights], trust_coefficient)
 
 
-def sum_of_norms(weights, updates, trust_coefficient):
+def sum_of_norms(weights, updates, trust_coefficient, split=False):
     """lightly's and timm's |g| + decay * |w|."""
     return [trust_coefficient * w.norm() / (w.grad.norm() + CONFIG.weight_decay * w.norm()) for w in weights]
 
 
-def skipped_at_no_decay(weights, updates, trust_coefficient):
+def skipped_at_no_decay(weights, updates, trust_coefficient, split=False):
     """lightly's, and timm's unless always_adapt."""
     same = all(torch.equal(w.grad, u) for w, u in zip(weights, updates))
     return [torch.ones(())] * len(weights) if same else trust_ratios(weights, updates, trust_coefficient)
