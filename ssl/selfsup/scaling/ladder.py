@@ -3,7 +3,6 @@
 The way of counting moves the exponent a by up to 0.3 on the same runs, so all of them are kept with every cell.
 """
 
-import math
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from selfsup.config import Section, merge, validate
 from selfsup.encoders.text import TextConfig
 from selfsup.encoders.vit import ViTConfig
-from selfsup.objectives import CLMConfig, MAEConfig
+from selfsup.objectives import MAEConfig
 from selfsup.objectives.base import Objective
 from selfsup.objectives.clm import CLM
 from selfsup.objectives.mae import MAE
@@ -187,8 +186,6 @@ def parameter_flops(objective: Objective, recipe: Recipe) -> float:
     return per_weight * matrices(objective.encoder) * vit.num_patches
 
 
-def initial_loss(recipe: Recipe) -> float | None:
-    """ln V where the loss is a cross-entropy over a vocabulary: what an untrained model has."""
-    if isinstance(recipe.objective, CLMConfig) or recipe.objective.name == "mlm":
-        return math.log(recipe.encoder.vocab_size)
-    return None
+def vocabulary(recipe: Recipe) -> int | None:
+    """V where the loss is a cross-entropy over a vocabulary: an untrained model's is ln V."""
+    return recipe.encoder.vocab_size if isinstance(recipe.encoder, TextConfig) else None

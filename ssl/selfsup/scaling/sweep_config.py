@@ -86,19 +86,38 @@ class PowerRule(Section):
         )
 
 
-class PublishedRule(Section):
-    """A published rule for language models (scaling/rules.py); N of steplaw is without embeddings."""
+class PorianRule(Section):
+    """`rules.porian`, for language models: by N."""
 
-    name: Literal["porian", "olmo", "steplaw"]
+    name: Literal["porian"] = "porian"
 
     def setting(self, params: float, samples: float) -> Setting:
-        return rules.PUBLISHED[self.name](params, samples)
+        return rules.porian(params, samples)
 
 
-LearningRule = Annotated[FixedRule | PowerRule | PublishedRule, Field(discriminator="name")]
+class OlmoRule(Section):
+    """`rules.olmo`, for language models: Porian's with half the learning rate."""
+
+    name: Literal["olmo"] = "olmo"
+
+    def setting(self, params: float, samples: float) -> Setting:
+        return rules.olmo(params, samples)
 
 
-def setting_of(rule: FixedRule | PowerRule | PublishedRule, account: Account, samples: float) -> Setting:
+class StepLawRule(Section):
+    """`rules.steplaw`, for language models: by N without embeddings, and D."""
+
+    name: Literal["steplaw"] = "steplaw"
+
+    def setting(self, params: float, samples: float) -> Setting:
+        return rules.steplaw(params, samples)
+
+
+AnyRule = FixedRule | PowerRule | PorianRule | OlmoRule | StepLawRule
+LearningRule = Annotated[AnyRule, Field(discriminator="name")]
+
+
+def setting_of(rule: AnyRule, account: Account, samples: float) -> Setting:
     """Learning rate and batch (tokens, images) of a size trained on so much data. N counts the matrices, for steplaw
     what is no embedding."""
     params = account.no_embedding if rule.name == "steplaw" else account.matrices
