@@ -48,7 +48,7 @@ def batch_for(made):
         length = encoder.max_length
         if made.objective.name == "mlm":
             targets = int(length * made.objective.mask_ratio)
-            return masked([targets], length, encoder.vocab_size)._replace()
+            return masked([targets], length, encoder.vocab_size)
         tokens = torch.randint(5, encoder.vocab_size, (1, length + 1))
         plain = masked([length], length, encoder.vocab_size)
         return plain._replace(tokens=tokens[:, :-1], labels=tokens[:, 1:].flatten(), where=None)
@@ -80,8 +80,9 @@ def test_parameters_equal_transformers():
             max_position_embeddings=16, type_vocab_size=1,
         ))  # fmt: skip
         vit = ViTMAEForPreTraining(ViTMAEConfig(
-            image_size=16, patch_size=4, hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=192,
-            decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=96,
+            image_size=16, patch_size=4, hidden_size=48, num_hidden_layers=4, num_attention_heads=3,
+            intermediate_size=192, decoder_hidden_size=24, decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=2, decoder_intermediate_size=96,
         ))  # fmt: skip
     assert clm.all == gpt.num_parameters()
     assert clm.no_embedding == gpt.num_parameters(exclude_embeddings=True)

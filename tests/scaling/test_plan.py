@@ -15,6 +15,7 @@ from selfsup.scaling.result import write_result
 from selfsup.scaling.table import runs_of
 from selfsup.scaling.timing import STEPS, timed
 
+
 def run(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["selfsup", "scaling", *map(str, words)])
     code = cli.main()
@@ -103,8 +104,9 @@ def test_every_objective_can_be_timed(name):
     from selfsup.recipe import Recipe
 
     text = name == "mlm"
+    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
     content = {
-        "objective": {"name": name, **({"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2} if name == "mae" else {})},
+        "objective": {"name": name, **(decoder if name == "mae" else {})},
         "encoder": {**BASE["encoder"], "causal": False} if text else {"img_size": 16, "patch_size": 4, "embed_dim": 16,
                                                                        "depth": 1, "num_heads": 2},
         "data": {"shards": "x", **({"views": "simclr-32"} if name == "simclr" else {})},

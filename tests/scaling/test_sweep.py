@@ -95,6 +95,7 @@ def test_every_cell_becomes_a_row(tmp_path, data):
     assert [row["cell"] for row in table] == [cell.id for cell in plan.as_cells()] == executor.ran
     for row in table:
         assert 0 < float(row["loss"]) < float(row["initial_loss"]) and row["fit"] == "1" and row["reason"] == ""
+        assert int(row["unique"]) % 12 == 0 and 0 < int(row["unique"]) < 1500  # 60 documents of 2 to 40 letters
         assert float(row["initial_loss"]) == pytest.approx(np.log(tokenizer().vocab_size), rel=0.01)
     before = (out / "results.csv").read_bytes()
     again = Here()

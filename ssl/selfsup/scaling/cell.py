@@ -20,7 +20,7 @@ from selfsup.config import validate
 from selfsup.durable import write_atomically
 from selfsup.recipe import Recipe
 from selfsup.scaling.grid import Cell
-from selfsup.scaling.held_out import held_out_batches, mean_loss
+from selfsup.scaling.held_out import held_out_batches, mean_loss, unique_samples
 from selfsup.scaling.plan import read_plan
 from selfsup.scaling.sweep_config import HeldOut
 from selfsup.scaling.timing import cell_recipe
@@ -68,7 +68,8 @@ def _outcome(root: Path, name: str, folder: Path) -> dict[str, Any]:
     if cell is None:
         raise ValueError(f"{root / PLAN}: has no cell {name}; another plan has replaced it")
     recipe, held = cell_recipe(cell, str(folder)), validate(HeldOut, plan.config["held_out"])
-    batches = held_out_batches(recipe, held)  # before the training: its faults are cheap to find
+    # Before the training: their faults are cheap to find.
+    batches, unique = held_out_batches(recipe, held), unique_samples(recipe)
     try:
         _train(root, cell, recipe, folder)
     except ValueError as error:
@@ -78,7 +79,8 @@ def _outcome(root: Path, name: str, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(recipe.run.threads or torch.get_num_threads())
     loss = mean_loss(load_objective(folder)[0], batches)
     initial = mean_loss(build_objective(recipe, torch.device("cpu")), batches)
-    result = {"state": "done", "loss": loss, "initial_loss": initial, "seconds": time.monotonic() - began}
+    result = {"state": "done", "loss": loss, "initial_loss": initial, "unique": unique}
+    result["seconds"] = time.monotonic() - began
     if not math.isfinite(loss) or loss >= initial:
         result["state"] = "diverged"
         result["reason"] = f"held-out loss {loss:.4g} is not below the untrained model's {initial:.4g}"

@@ -97,7 +97,8 @@ def _isoflop(
     grid = config.grid
     assert isinstance(grid, IsoFlop)
     cells: list[Cell] = []
-    for budgets, count, role in ((grid.budgets, grid.per_budget, "grid"), (grid.hold_out, grid.hold_out_sizes, "hold-out")):
+    levels = ((grid.budgets, grid.per_budget, "grid"), (grid.hold_out, grid.hold_out_sizes, "hold-out"))
+    for budgets, count, role in levels:
         for budget in sorted(budgets):
             found: list[Cell] = []
             for size in nearest(ladder, config, prior, budget):  # past those that the floors leave out

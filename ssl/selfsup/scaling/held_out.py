@@ -40,6 +40,19 @@ def held_out_batches(recipe: Recipe, held: HeldOut) -> list[TextBatch | ImageBat
     return found
 
 
+def unique_samples(recipe: Recipe) -> int:
+    """Distinct tokens or images that the recipe trains on: more than these are repeats.
+
+    Raises ValueError for images without an index, which nobody has counted.
+    """
+    if isinstance(recipe.data, TextData):
+        rows = open_rows(recipe.data, recipe.encoder.max_length, recipe.objective.wrap, recipe.objective.next_token)
+        return len(rows) * recipe.encoder.max_length
+    if recipe.data.index == "none":
+        raise ValueError("data.index: a sweep must know how many images there are; selfsup data index SHARDS counts them")
+    return len(open_shards(recipe.data.shards))
+
+
 def _text(recipe: Recipe, held: HeldOut) -> TrainText:
     data, objective = recipe.data, recipe.objective
     config = data.model_copy(update={"shards": held.shards, "order": "sequential"})

@@ -58,8 +58,8 @@ def design_of(cells: list[Cell]) -> Design:
     """The cells' N, D, C; a trunk and its branches are one cluster."""
     names = [cell.trunk or cell.id for cell in cells]
     cluster = np.unique(names, return_inverse=True)[1].astype(np.int64)
-    columns = (np.array([getattr(cell, key) for cell in cells], dtype=np.float64) for key in ("params", "samples", "flops"))
-    return Design(*columns, cluster)
+    params, samples, flops = np.array([(cell.params, cell.samples, cell.flops) for cell in cells]).T
+    return Design(params, samples, flops, cluster)
 
 
 def make_plan(path: Path, pilot: Path | None = None, flop_per_second: float | None = None) -> Plan:

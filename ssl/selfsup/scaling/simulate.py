@@ -81,7 +81,7 @@ def simulate(
     own, shared = (generator.standard_normal((simulations, n)) for n in (len(design.params), clusters))
     single = np.bincount(design.cluster)[design.cluster] == 1
     mixed = np.where(single, own, np.sqrt(0.5) * (own + shared[:, design.cluster]))
-    task = problem("chinchilla", runs_of_design(design))
+    task = problem("chinchilla", runs_of_design(design, prior))
     found = fit(task, clean + noise * mixed, np.ones((1, len(design.params))), keep=3)
     values = task.coefficients(found.solved.theta)
     truth, at = exponents("chinchilla", laws)[0], optimum("chinchilla", laws, target, design.flops_per)
@@ -100,14 +100,17 @@ def simulate(
     )  # fmt: skip
 
 
-def runs_of_design(design: Design, budget: Float[np.ndarray, " n"] | None = None,
-                   steps: Float[np.ndarray, " n"] | None = None) -> Runs:  # fmt: skip
-    """The design as a table whose losses are not known yet (they are 1)."""
+def runs_of_design(
+    design: Design, prior: Mapping[str, float], budget: Float[np.ndarray, " n"] | None = None,
+    steps: Float[np.ndarray, " n"] | None = None,
+) -> Runs:  # fmt: skip
+    """The design as a table, its losses those of the prior."""
     n = len(design.params)
+    loss = law.chinchilla(**{name: float(prior[name]) for name in law.CHINCHILLA}, params=design.params,
+                          samples=design.samples)  # fmt: skip
     return Runs(
-        design.params, design.samples, design.flops, np.ones(n), design.cluster, np.arange(n, dtype=np.int64),
-        design.flops_per, budget=budget, steps=steps, clustered=bool(design.cluster.max() + 1 < n),
-        measured_flops=False, read=n,
+        design.params, design.samples, design.flops, loss, design.cluster, np.arange(n, dtype=np.int64),
+        design.flops_per, budget=budget, steps=steps, clustered=bool(design.cluster.max() + 1 < n), read=n,
     )  # fmt: skip
 
 
@@ -116,7 +119,7 @@ def judge(
     steps: Float[np.ndarray, " n"] | None = None,
 ) -> list[Finding]:  # fmt: skip
     """Doubts about the design; those that refuse it say why it cannot identify the law."""
-    found = check_design(runs_of_design(design, budget, steps), "chinchilla")
+    found = check_design(runs_of_design(design, prior, budget, steps), "chinchilla")
     width = expected.a_interval[1] - expected.a_interval[0]
     if width > LOOSE:
         text = (

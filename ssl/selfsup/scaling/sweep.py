@@ -22,7 +22,7 @@ OVER = ("done", "failed", "diverged")
 COLUMNS = (
     "cell", "role", "fit", "state", "size", "params", "samples", "flops", "budget", "steps", "warmup", "batch", "lr",
     "seed", "cluster", "params_matrices", "params_all", "params_no_embedding", "flops_counted", "flops_parameters",
-    "loss", "initial_loss", "seconds", "reason",
+    "unique", "loss", "initial_loss", "seconds", "reason",
 )  # fmt: skip
 States = dict[str, dict[str, Any]]
 
@@ -168,7 +168,7 @@ def _progress(plan: Plan, states: States, workers: int) -> str:
     planned = sum(plan.hours[name] for name in over)
     left = sum(plan.hours[name] for name in names if name not in over)
     pace = spent / planned if planned and spent else 1.0
-    said = ", ".join(f"{counts[state]} {state}" for state in ("done", "running", "pending", "diverged", "failed") if counts[state])
+    said = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     return f"{len(over)} of {len(names)} cells over: {said}; about {left * pace / workers * 60:.1f} minutes left"
 
 
@@ -191,7 +191,7 @@ def fit_command(plan: Plan, folder: Path) -> str:
     """What fits the law to the table."""
     vocab = "" if plan.vocab is None else f" --initial-loss initial_loss --vocab {plan.vocab}"
     budget = " --budget budget" if plan.config["grid"]["name"] == "isoflop" else ""
+    columns = "--params params --samples samples --flops flops --loss loss"
     return (
-        f"selfsup scaling fit {folder / TABLE} --where fit=1 --params params --samples samples --flops flops --loss loss"
-        f"{budget} --cluster cluster --lr lr --steps steps --warmup warmup{vocab} --json {folder / 'fit.json'}"
+        f"selfsup scaling fit {folder / TABLE} --where fit=1 {columns}{budget} --unique unique --cluster cluster --lr lr --steps steps --warmup warmup{vocab} --json {folder / 'fit.json'}"
     )

@@ -80,7 +80,8 @@ def main_run(
     if wanted.refused and not anyway:
         reasons = "\n".join(f"{found['check']}: {found['text']}" for found in wanted.refused)
         raise ValueError(f"{plan}: its design is refused; mend it, or run it with --anyway\n{reasons}")
-    for flag, value, least in (("--workers", workers, 1), ("--retries", retries, 0), ("--minutes", minutes, 1), ("--gpus", gpus, 0)):
+    least_of = (("--workers", workers, 1), ("--retries", retries, 0), ("--minutes", minutes, 1), ("--gpus", gpus, 0))
+    for flag, value, least in least_of:
         if value is not None and value < least:
             raise ValueError(f"{flag}: expected at least {least}, got {value}")
     folder = plan.with_suffix("") if out is None else out
@@ -91,6 +92,7 @@ def main_run(
     mine = [states[cell.id] for cell in wanted.as_cells()]
     for state in mine:
         if state["state"] in OVER[1:]:
-            print(f"{state['state']}: {state['cell']['id']} {state['cell']['role']} {state['cell']['size']}: {state['reason']}")
+            cell = state["cell"]
+            print(f"{state['state']}: {cell['id']} {cell['role']} {cell['size']}: {state['reason']}")
     print(f"{folder / TABLE}\n{fit_command(wanted, folder)}")
     return 1 if any(state["state"] == "failed" for state in mine) else 0

@@ -121,7 +121,8 @@ def _held_out(result: Result, cells: list[dict[str, Any]]) -> tuple[Rows, list[f
 def sections(summary: Summary) -> list[str]:
     """The summary as parts of the report's page."""
     parts = [
-        f"<h2>The sweep</h2><p>{escape(summary.states)}. {escape(summary.verdict)}</p><pre>{escape(summary.command)}</pre>",
+        f"<h2>The sweep</h2><p>{escape(summary.states)}. {escape(summary.verdict)}</p>",
+        f"<pre>{escape(summary.command)}</pre>",
         html_table(summary.expected),
     ]
     if len(summary.held_out) > 1:
