@@ -192,6 +192,8 @@ def fit_command(plan: Plan, folder: Path) -> str:
     vocab = "" if plan.vocab is None else f" --initial-loss initial_loss --vocab {plan.vocab}"
     budget = " --budget budget" if plan.config["grid"]["name"] == "isoflop" else ""
     columns = "--params params --samples samples --flops flops --loss loss"
+    more = "--unique unique --cluster cluster --lr lr --steps steps --warmup warmup"
     return (
-        f"selfsup scaling fit {folder / TABLE} --where fit=1 {columns}{budget} --unique unique --cluster cluster --lr lr --steps steps --warmup warmup{vocab} --json {folder / 'fit.json'}"
+        f"selfsup scaling fit {folder / TABLE} --where fit=1 {columns}{budget} {more}{vocab} "
+        f"--json {folder / 'fit.json'}"
     )
