@@ -27,7 +27,7 @@ FLOORS = {
     "checkpoint": 7, "saving": 8,
     "conformance": 9,
     "run_folder": 8, "export": 8, "text": 8,
-    "probe": 9, "look": 9, "doctor": 9, "scaling": 9,
+    "probe": 9, "look": 9, "doctor": 9,
     "stop": 9, "watchdog": 9, "parallel": 9,
     "start": 10,
     "estimate": 11, "headroom": 12,
@@ -35,7 +35,7 @@ FLOORS = {
     "dry_run": 13,
     "train": 14,
     "carry_on": 15,
-    "launch": 16,
+    "launch": 16, "scaling": 16,
     "cli": 17,
 }  # fmt: skip
 ONLY_IN = {

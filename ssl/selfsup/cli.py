@@ -37,6 +37,8 @@ usage: selfsup COMMAND ...
   scaling fit TABLE                  a scaling law of any table of runs, with intervals and doubts
   scaling predict --fit OUT          size, data and loss for --flops C or --hours T
   scaling report --fit OUT           pictures and one HTML page
+  scaling plan CONFIG                cells of a sweep, their cost, and what their law would know; --json OUT
+  scaling run PLAN                   run the cells, here or on SLURM; start it again after whatever stopped it
 
   data pack SOURCE DEST              images or text into WebDataset shards with an index; python-docs
   data index SHARDS                  build the index of shards made elsewhere
@@ -178,6 +180,14 @@ def main() -> int:
                 from selfsup.scaling.command import main_report
 
                 return _call(main_report, "selfsup scaling report", rest)
+            case ["scaling", "plan", *rest]:
+                from selfsup.scaling.sweep_command import main_plan
+
+                return tyro.cli(main_plan, prog="selfsup scaling plan", args=rest)
+            case ["scaling", "run", *rest]:
+                from selfsup.scaling.sweep_command import main_run
+
+                return tyro.cli(main_run, prog="selfsup scaling run", args=rest)
             case ["doctor", *rest]:
                 from selfsup.doctor.command import main_doctor
 

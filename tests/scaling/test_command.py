@@ -320,7 +320,7 @@ def test_what_is_left_out_is_said(table, monkeypatch, capsys):
 def test_nothing_imports_torch():
     """The command starts fast."""
     script = (
-        "import sys, selfsup.scaling.command, selfsup.scaling.report; "
+        "import sys, selfsup.scaling.command, selfsup.scaling.report, selfsup.scaling.sweep_report; "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=dict(os.environ))

@@ -17,6 +17,9 @@ from selfsup.scaling.fit import Fitted, Problem, exponents, fit, fit_runs, predi
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
 
+LOOSE, LOOSE_REFUSED = 0.1, 0.4
+"""Widths of the 95% interval of a: above the first it is told, above the second the law is refused."""
+
 
 def check_fit(
     form: str, runs: Runs, task: Problem, values: Mapping[str, float], found: Fitted, delta: float = DELTA
@@ -234,13 +237,13 @@ def check_draws(
         text = f"{unconverged} of {resamples} resamples did not converge"
         found.append(Finding("resamples", unconverged / resamples, 0.01, text))
     low, high = interval(draws["a"], 0.95)
-    if high - low > 0.1:
-        loose = high - low > 0.4
+    if high - low > LOOSE:
+        loose = high - low > LOOSE_REFUSED
         text = (
             f"a, the exponent of the optimal size, is between {low:.2f} and {high:.2f} (95%; "
-            f"{'0.4' if loose else '0.1'} or less wanted)"
+            f"{LOOSE_REFUSED if loose else LOOSE} or less wanted)"
         )
-        found.append(Finding("loose exponent", high - low, 0.4 if loose else 0.1, text, refuses=loose))
+        found.append(Finding("loose exponent", high - low, LOOSE_REFUSED if loose else LOOSE, text, refuses=loose))
     if "E" in draws:
         low, high = interval(draws["E"], 0.95)
         if low < 0.01 * least:

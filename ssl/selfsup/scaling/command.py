@@ -257,14 +257,22 @@ def main_report(
     *,
     fit: Annotated[Path, tyro.conf.arg(metavar="OUT")],
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    sweep: Annotated[Path | None, tyro.conf.arg(metavar="SWEEP")] = None,
 ) -> None:
     """Pictures of a fit (PNG and SVG) and one HTML page with everything.
 
     Args:
         fit: what selfsup scaling fit --json wrote.
         out: the folder; earlier pictures of the same names are replaced.
+        sweep: the folder of selfsup scaling run whose table was fitted: what its plan expected stands beside what the
+            fit found, the held-out runs beside their predictions, and every cell that gave no loss is named.
     """
     from selfsup.scaling.report import write_report
+    from selfsup.scaling.sweep_report import lines, sections, summarise
 
-    for path in write_report(read_result(fit), out):
+    result = read_result(fit)
+    parts = [] if sweep is None else [summarise(result, sweep)]
+    for path in write_report(result, out, [section for part in parts for section in sections(part)]):
         print(path)
+    for line in [line for part in parts for line in lines(part)]:
+        print(line)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ vertical-align: top; } pre { background: #8882; padding: .8em; overflow-x: auto;
 """
 
 
-def write_report(result: Result, folder: Path) -> list[Path]:
-    """Writes NAME.png and NAME.svg of each picture and report.html. Raises ValueError where it cannot."""
+def write_report(result: Result, folder: Path, sections: Sequence[str] = ()) -> list[Path]:
+    """Writes NAME.png and NAME.svg of each picture and report.html. Raises ValueError where it cannot.
+
+    sections: further parts of the page, HTML, as `sweep_report.sections` makes them.
+    """
     page = folder / "report.html"
     if page.exists() and _GENERATOR.encode() not in page.read_bytes()[:1000]:
         raise ValueError(
@@ -39,7 +43,7 @@ def write_report(result: Result, folder: Path) -> list[Path]:
                 write_atomically(folder / f"{name}.{kind}", content)
                 written.append(folder / f"{name}.{kind}")
                 pictures[name] = content
-        write_atomically(page, _page(result, pictures).encode())
+        write_atomically(page, _page(result, pictures, sections).encode())
     except OSError as error:
         raise ValueError(f"--out {folder}: cannot write it: {error.strerror or error}") from None
     return [*written, page]
@@ -55,7 +59,7 @@ def render(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _page(result: Result, pictures: dict[str, bytes]) -> str:
+def _page(result: Result, pictures: dict[str, bytes], sections: Sequence[str]) -> str:
     about = result.about
     title = escape(f"{result.form} law of {about.get('table', 'a table')}")
     verdict = "refused as a ground for plans" if result.refused else "not refused"
@@ -69,10 +73,11 @@ def _page(result: Result, pictures: dict[str, bytes]) -> str:
         f"<pre>{escape(about.get('command', ''))}</pre>",
         _findings("Refused", result.refused),
         _findings("Warnings", result.warnings),
+        *sections,
         f"<h2>Coefficients</h2>{_coefficients(result)}",
         f"<h2>Largest runs held out</h2>{_held_out(result)}",
         f'<h2>Pictures</h2><div class="sheet">{images}</div>',
-        f"<h2>The table</h2>{_table(_facts(about))}",
+        f"<h2>The table</h2>{html_table(_facts(about))}",
     ]
     head = (
         f'<meta charset="utf-8">{_GENERATOR}<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -99,14 +104,14 @@ def _coefficients(result: Result) -> str:
             (name, f"{value:.6g}", *("-" if end is None else f"{end:.5g}" for end in (low, high, level)))
         )
     note = f"<p>Sum of Huber losses {result.objective:.6g}.</p>" if result.form != "isoflop" else ""
-    return _table(rows) + note
+    return html_table(rows) + note
 
 
 def _held_out(result: Result) -> str:
     held = result.extrapolation
     if held is None:
         return "<p>Too few runs to hold any out.</p>"
-    return _table([
+    return html_table([
         ("error of " + held["error_of"], "mean", "largest"),
         ("the law", f"{held['mean_error']:.2%}", f"{held['max_error']:.2%}"),
         ("baseline: " + held["baseline"], f"{held['baseline_mean_error']:.2%}", f"{held['baseline_max_error']:.2%}"),
@@ -132,6 +137,7 @@ def _facts(about: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows + [(name.replace("_", " "), f"{about[name]:.6g}") for name in named if name in about]
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def html_table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text as a table, escaped."""
     cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"

@@ -1,0 +1,142 @@
+"""A sweep beside its fit: what the design expected and what was found, the held-out runs, the cells without a loss."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfsup.scaling.predict import predict_run
+from selfsup.scaling.report import html_table
+from selfsup.scaling.result import Result
+
+Rows = list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Tables of text with a header each, and one sentence that says what the sweep is worth."""
+
+    command: str
+    states: str
+    expected: Rows
+    held_out: Rows
+    without_loss: Rows
+    verdict: str
+
+
+def summarise(result: Result, folder: Path) -> Summary:
+    """Reads the plan and the states of a sweep's folder.
+
+    Raises ValueError for another folder, for a fit of another form than one of N and D, and for a fit of other runs.
+    """
+    if result.form not in ("chinchilla", "tied", "kaplan"):
+        raise ValueError(f"--sweep: expected a fit of form chinchilla, tied or kaplan, got {result.form}")
+    plan, states = _read(folder, "plan.json"), _read(folder, "state.json")
+    cells = list(states.values())
+    ours = {(float(c["cell"]["params"]), float(c["cell"]["samples"])) for c in cells}
+    theirs = set(zip(map(float, result.rows["params"]), map(float, result.rows["samples"])))
+    if not theirs <= ours:
+        raise ValueError(
+            f"--sweep {folder}: the fit has runs that are not of this sweep ({len(theirs - ours)}); fit its results.csv"
+        )
+    held, errors, inside = _held_out(result, cells)
+    lost: Rows = [("cell", "role", "size", "FLOPs", "state", "reason")]
+    for state in cells:
+        if state["state"] != "done":
+            cell = state["cell"]
+            lost.append((cell["id"], cell["role"], cell["size"], f"{cell['flops']:.3g}", state["state"], state["reason"]))
+    counts = Counter(state["state"] for state in cells)
+    verdict = "The fit is refused as a ground for plans: " + ", ".join(f["check"] for f in result.refused) + "."
+    if not result.refused:
+        verdict = "The fit is not refused."
+    if errors:
+        verdict += (
+            f" It foretold {len(errors)} held-out runs with a mean error of {np.mean(errors):.2%} (largest "
+            f"{np.max(errors):.2%}); {inside} of them lie within the law's 95% intervals."
+        )
+    return Summary(
+        plan["command"], ", ".join(f"{count} {state}" for state, count in counts.items()),
+        _expected(result, plan), held, lost, verdict,
+    )  # fmt: skip
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"--sweep {folder}: has no readable {name}; expected a folder of selfsup scaling run") from None
+
+
+def _expected(result: Result, plan: dict[str, Any]) -> Rows:
+    """The design's intervals beside the fit's."""
+    expected = plan["expected"]
+    low, high = expected["a_interval"]
+    found = result.intervals.get("a")
+    rows: Rows = [("", "the design expected", "the fit found", "width, of the expected")]
+    rows.append(("exponent a", f"{low:.3f} to {high:.3f}", _ends(found, ".3f"), _share(found, high - low)))
+    per = result.about["flops_per"]
+    params = float(expected["params"])
+    at = predict_run(result, params, expected["target"] / per / params).values["loss"]
+    low, high = expected["loss_interval"]
+    name = f"loss at {expected['target']:.3g} FLOPs, N = {params:.3g}"
+    rows.append((name, f"{low:.4g} to {high:.4g}", _ends(at[1:], ".4g"), _share(at[1:], high - low)))
+    return rows
+
+
+def _ends(ends: list[float | None] | None, how: str) -> str:
+    if ends is None or ends[0] is None or ends[1] is None:
+        return "-"
+    return f"{ends[0]:{how}} to {ends[1]:{how}}"
+
+
+def _share(ends: list[float | None] | None, width: float) -> str:
+    if ends is None or ends[0] is None or ends[1] is None or width <= 0:
+        return "-"
+    return f"{(ends[1] - ends[0]) / width:.2g}"
+
+
+def _held_out(result: Result, cells: list[dict[str, Any]]) -> tuple[Rows, list[float], int]:
+    """Each held-out run: measured, predicted, whether its interval holds it; the errors; how many are held."""
+    rows: Rows = [("held-out run", "FLOPs", "measured", "predicted", "95%", "error")]
+    errors, inside = [], 0
+    for state in cells:
+        cell = state["cell"]
+        if cell["role"] != "hold-out" or state["state"] != "done":
+            continue
+        loss = state["result"]["loss"]
+        value, low, high = predict_run(result, cell["params"], cell["samples"]).values["loss"]
+        errors.append(abs(value / loss - 1))
+        inside += low is not None and high is not None and low <= loss <= high
+        rows.append((
+            cell["size"], f"{cell['flops']:.3g}", f"{loss:.4f}", f"{value:.4f}", _ends([low, high], ".4f"),
+            f"{value / loss - 1:+.2%}",
+        ))  # fmt: skip
+    return rows, errors, int(inside)
+
+
+def sections(summary: Summary) -> list[str]:
+    """The summary as parts of the report's page."""
+    parts = [
+        f"<h2>The sweep</h2><p>{escape(summary.states)}. {escape(summary.verdict)}</p>",
+        f"<pre>{escape(summary.command)}</pre>",
+        html_table(summary.expected),
+    ]
+    if len(summary.held_out) > 1:
+        parts.append(html_table(summary.held_out))
+    if len(summary.without_loss) > 1:
+        parts.append(f"<h3>Cells without a loss</h3>{html_table(summary.without_loss)}")
+    return parts
+
+
+def lines(summary: Summary) -> list[str]:
+    """The summary as text."""
+    found = [f"sweep: {summary.states}"]
+    for rows in (summary.expected, summary.held_out, summary.without_loss):
+        if len(rows) > 1:
+            widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+            found += ["", *("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)]
+    return [*found, "", summary.verdict]

@@ -1,0 +1,93 @@
+"""The report of a sweep: expected beside found, held-out runs beside predictions, no cell unnamed. Losses are a law's."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from scaling_sweeps import written
+from selfsup import cli
+from selfsup.durable import write_atomically
+from selfsup.scaling import law
+from selfsup.scaling.plan import make_plan
+from selfsup.scaling.result import read_result
+from selfsup.scaling.sweep import fit_command, open_sweep, table
+from selfsup.scaling.sweep_report import lines, summarise
+
+TRUTH = {"E": 1.0, "A": 60.0, "B": 300.0, "alpha": 0.4, "beta": 0.4}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A sweep whose cells have the losses of a law, one diverged, one failed, one held-out run 3% off."""
+    plan = make_plan(written(tmp_path), None, 1e9)
+    folder = tmp_path / "sweep"
+    lock, states = open_sweep(plan, folder)
+    lock.close()
+    draw = np.random.default_rng(2)
+    held = []
+    for state in states.values():
+        cell = SimpleNamespace(**state["cell"])
+        loss = float(law.chinchilla(**TRUTH, params=cell.params, samples=cell.samples))
+        loss *= float(np.exp(0.002 * draw.standard_normal()))
+        state["result"] = {
+            "state": "done", "loss": loss, "initial_loss": float(np.log(128)), "unique": 10**12, "seconds": 1.0,
+        }  # fmt: skip
+        state["state"] = "done"
+        if cell.role == "hold-out":
+            held.append(state)
+    held[0]["result"]["loss"] *= 1.03
+    names = list(states)
+    states[names[0]].update(state="diverged", reason="held-out loss <nan>", result={"loss": None})
+    states[names[1]].update(state="failed", reason="its process ended without a word", result={})
+    write_atomically(folder / "state.json", json.dumps(states).encode())
+    write_atomically(folder / "results.csv", table(states).encode())
+    return plan, folder, [names[0], names[1]]
+
+
+def fit(plan, folder, monkeypatch):
+    words = fit_command(plan, folder).split()
+    monkeypatch.setattr(sys, "argv", [*words, "--resamples", "200"])
+    cli.main()
+    return read_result(folder / "fit.json")
+
+
+def test_the_page_says_it_all(sweep, tmp_path, monkeypatch, capsys):
+    plan, folder, lost = sweep
+    result = fit(plan, folder, monkeypatch)
+    assert result.about["rows_used"] == 10
+    summary = summarise(result, folder)
+    assert summary.states == "1 diverged, 1 failed, 12 done"
+    assert [row[0] for row in summary.without_loss[1:]] == lost
+    assert len(summary.held_out) == 3
+    errors = [float(row[-1].rstrip("%")) for row in summary.held_out[1:]]
+    assert -4 < errors[0] < -2 and abs(errors[1]) < 1  # 3% above the law: predicted 3% too low
+    words = ["report", "--fit", folder / "fit.json", "--out", tmp_path / "page", "--sweep", folder]
+    monkeypatch.setattr(sys, "argv", ["selfsup", "scaling", *map(str, words)])
+    assert cli.main() == 0
+    said = capsys.readouterr().out
+    page = (tmp_path / "page" / "report.html").read_text()
+    low, high = plan.expected["a_interval"]
+    for text in (f"{low:.3f} to {high:.3f}", *lost, "It foretold 2 held-out runs"):
+        assert text in page and text in said
+    assert "&lt;nan&gt;" in page and "<nan>" not in page
+    assert "selfsup scaling" in page and "\n".join(lines(summary)) in said
+
+
+def test_expected_and_found_are_of_one_size(sweep, monkeypatch):
+    """The law's runs have the noise that the plan was told: the bootstrap's interval is about as wide as expected."""
+    plan, folder, _ = sweep
+    summary = summarise(fit(plan, folder, monkeypatch), folder)
+    assert 0.3 < float(summary.expected[1][3]) < 4
+
+
+def test_faults(sweep, tmp_path, monkeypatch):
+    plan, folder, _ = sweep
+    result = fit(plan, folder, monkeypatch)
+    with pytest.raises(ValueError, match="has no readable plan.json"):
+        summarise(result, tmp_path)
+    other = dict(result.rows, params=[2 * value for value in result.rows["params"]])
+    with pytest.raises(ValueError, match="the fit has runs that are not of this sweep"):
+        summarise(type(result)(**{**vars(result), "rows": other}), folder)
