@@ -10,7 +10,9 @@ from selfsup.scaling import check, law, start
 from selfsup.scaling.analyse import analyse
 from selfsup.scaling.design import check_design, check_untrained, seed_spread
 from selfsup.scaling.fit import fit, fit_runs, problem
-from selfsup.scaling.special import analyse_broken, analyse_isoflop, analyse_repeats
+from selfsup.scaling.predict import predict_run
+from selfsup.scaling.repeated import analyse_repeats
+from selfsup.scaling.special import analyse_broken, analyse_isoflop
 from selfsup.scaling.sweeps import best_learning_rates
 from selfsup.scaling.table import Runs, runs_of
 
@@ -71,6 +73,43 @@ def test_few_runs():
     result = analyse(few, "chinchilla", resamples=100)
     assert expect(result, "few runs", True) == 5
     expect(result, "few clusters")
+
+
+@pytest.mark.parametrize("clusters", [1, 4])
+@pytest.mark.parametrize("form", ["chinchilla", "isoflop", "bnsl", "repeats"])
+def test_too_few_clusters_write_no_interval(form, clusters):
+    """Of one cluster every resample is the table itself: an interval would have no width."""
+    runs = clean(0.002)
+    runs = replace(runs, cluster=np.arange(len(runs)) % clusters, clustered=True)
+    match form:
+        case "chinchilla":
+            result = analyse(runs, form, resamples=100)
+        case "isoflop":
+            result = analyse_isoflop(runs, resamples=100)
+        case "bnsl":
+            result = analyse_broken(runs, "tokens", resamples=100)
+        case _:
+            unique = runs.samples / np.where(np.arange(len(runs)) % 3, 1.0, 6.0)
+            result = analyse_repeats(replace(runs, unique=unique), None, resamples=100)
+    assert expect(result, "few clusters", True) == clusters
+    assert result.intervals == {} and result.draws == {} and result.about["resamples"] == 0
+    if form in ("chinchilla", "repeats"):
+        at = {"unique": 1e9} if form == "repeats" else {}
+        assert predict_run(result, 1e9, 1e10, **at).values["loss"][1:] == [None, None]
+
+
+@pytest.mark.parametrize("form", ["isoflop", "bnsl", "repeats"])
+def test_nine_clusters_are_told_in_every_form(form):
+    runs = clean(0.002)
+    runs = replace(runs, cluster=np.arange(len(runs)) % 9, clustered=True)
+    unique = runs.samples / np.where(np.arange(len(runs)) % 3, 1.0, 6.0)
+    if form == "isoflop":
+        result = analyse_isoflop(runs, resamples=100)
+    elif form == "bnsl":
+        result = analyse_broken(runs, "tokens", resamples=100)
+    else:
+        result = analyse_repeats(replace(runs, unique=unique), None, resamples=100)
+    assert expect(result, "few clusters") == 9 and result.intervals
 
 
 def test_two_sizes():

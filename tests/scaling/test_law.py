@@ -54,6 +54,10 @@ def models():
         "tied": (law.tied_model(x, y), [1.8, 0.4, 0.5, 0.34]),
         "kaplan": (law.kaplan_model(x, y), [3.0, 2.0, 0.7, 0.1]),
         "repeats": (law.repeats_model(TRUTH, params, samples, unique), [2.0, 1.0]),
+        "repeats jointly": (
+            law.joint_repeats_model(x, y, np.log(unique) - np.log(samples).mean()),
+            [1.8, 0.4, 0.5, 0.34, 0.37, 2.0, 1.0],
+        ),
         "bnsl": (law.broken_model(x), [1.5, 0.6, 0.2, 0.3, 0.4, -0.7]),
     }
 
@@ -71,9 +75,21 @@ def gradient_error(model, theta):
     return worst
 
 
-@pytest.mark.parametrize("name", ["chinchilla", "tied", "kaplan", "repeats", "bnsl"])
+@pytest.mark.parametrize("name", ["chinchilla", "tied", "kaplan", "repeats", "repeats jointly", "bnsl"])
 def test_gradients(name):
     assert gradient_error(*models()[name]) < 1e-7
+
+
+def test_repeats_jointly_is_the_law():
+    """The solver's seven parameters against the law of people, sizes above and below what the data are optimal for."""
+    params, samples, unique = unique_table()
+    above = params > law.optimal_params(**TRUTH, samples=unique)
+    assert above.any() and not above.all()
+    x, y = np.log(params).mean(), np.log(samples).mean()
+    model = law.joint_repeats_model(np.log(params) - x, np.log(samples) - y, np.log(unique) - y)
+    theta = [TRUTH["E"], TRUTH["A"] * np.exp(-TRUTH["alpha"] * x), TRUTH["B"] * np.exp(-TRUTH["beta"] * y)]
+    found = model(np.array([[*theta, TRUTH["alpha"], TRUTH["beta"], np.log(12.0), np.log(4.0)]]))[0][0]
+    assert np.exp(found) == pytest.approx(law.repeats(TRUTH, 12.0, 4.0, params, samples, unique), rel=1e-12)
 
 
 def test_a_wrong_gradient_is_caught():

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from selfsup.scaling import law
-from selfsup.scaling.bootstrap import bootstrap, intervals
+from selfsup.scaling.bootstrap import bootstrap, intervals, too_few_clusters
 from selfsup.scaling.check import (
     check_counting,
     check_draws,
@@ -34,6 +34,8 @@ def analyse(runs: Runs, form: str, resamples: int = 1000, seed: int = 0, delta: 
     values, found = fit_runs(form, runs, delta)
     task = problem(form, runs)
     findings = [*check_design(runs, form), *check_fit(form, runs, task, values, found, delta)]
+    if few := too_few_clusters(runs.cluster):
+        findings, resamples = [*findings, *few], 0
     draws, unconverged = _draws(form, task, runs, found.solved.theta, resamples, seed, delta)
     if draws:
         findings += check_draws(draws, unconverged, int(runs.cluster.max()) + 1, float(runs.loss.min()))

@@ -6,8 +6,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from selfsup.scaling.finding import Finding
 from selfsup.scaling.fit import Problem, fit
 from selfsup.scaling.solve import DELTA
+
+MIN_CLUSTERS = 5
+"""Below as many clusters there are no intervals: of one cluster every resample is the table itself, of four one in
+35 is one run alone."""
 
 
 class Draws(NamedTuple):
@@ -43,6 +48,15 @@ def bootstrap(
     values = task.coefficients(found.solved.theta)
     shaped = {name: value.reshape(tables, resamples) for name, value in values.items()}
     return Draws(shaped, int((~found.solved.converged).sum()))
+
+
+def too_few_clusters(cluster: Int[np.ndarray, " n"]) -> list[Finding]:
+    """A refusal where there are too few clusters to resample; then no form writes intervals or draws."""
+    count = int(cluster.max()) + 1
+    if count >= MIN_CLUSTERS:
+        return []
+    text = f"{count} runs (below {MIN_CLUSTERS}) cannot be resampled: there are no intervals"
+    return [Finding("few clusters", count, MIN_CLUSTERS, text, refuses=True)]
 
 
 def interval(draws: Float[np.ndarray, " r"], level: float) -> tuple[float, float]:

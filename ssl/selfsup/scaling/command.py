@@ -13,10 +13,11 @@ import tyro
 from selfsup.scaling.analyse import analyse
 from selfsup.scaling.design import check_untrained
 from selfsup.scaling.predict import predict_axis, predict_plan, predict_run
+from selfsup.scaling.repeated import analyse_repeats
 from selfsup.scaling.result import findings_json, read_result, write_json, write_result
 from selfsup.scaling.show import show_prediction, show_result
 from selfsup.scaling.solve import DELTA
-from selfsup.scaling.special import analyse_broken, analyse_isoflop, analyse_repeats
+from selfsup.scaling.special import analyse_broken, analyse_isoflop
 from selfsup.scaling.speed import measured_flop_per_second
 from selfsup.scaling.sweeps import best_learning_rates
 from selfsup.scaling.table import Columns, Runs, read_table

@@ -63,7 +63,7 @@ def optimal_params(
 
 
 def repeats(
-    base: Mapping[str, float], R_D: float | Array, R_N: float | Array,
+    base: Mapping[str, float | Array], R_D: float | Array, R_N: float | Array,
     params: float | Array, samples: float | Array, unique: float | Array,
 ) -> Array:  # fmt: skip
     """The base law at effective data and effective parameters (2305.16264, section 3).
@@ -145,6 +145,50 @@ def repeats_model(
         by_data = -base["beta"] * base["B"] * data ** (-base["beta"] - 1.0) * d_data / loss
         by_size = -base["alpha"] * base["A"] * sizes ** (-base["alpha"] - 1.0) * d_sizes / loss
         return np.log(loss), np.stack([by_data, by_size], axis=1)
+
+    return model
+
+
+def joint_repeats_model(
+    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], u: Float[np.ndarray, " n"]
+) -> Model:
+    """theta = (E, A', B', alpha, beta, log R_D, log R_N): base law and half-lives together.
+
+    x: centred log N. y, u: log D and the log of its unique samples, both less the mean of log D. The size that the
+    unique samples are optimal for, beyond which parameters decay, moves with the base law (as in `repeats`).
+    """
+    fresh, excess = np.minimum(y, u), np.expm1(np.maximum(y - u, 0.0))
+
+    def worth(over: np.ndarray, log_decay: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        decay = np.exp(log_decay)
+        left = np.exp(-over / decay)
+        amount = -decay * np.expm1(-over / decay)
+        return amount, left, amount - over * left  # its slope in `over`, in log R
+
+    def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        E, A, B, alpha, beta, log_d, log_n = (theta[:, i, None] for i in range(7))
+        A, B = np.maximum(A, _TINY), np.maximum(B, _TINY)
+        amount, _, slope = worth(excess, log_d)
+        by_data = np.exp(-beta * (fresh + np.log1p(amount)))
+        d_log_d = slope / (1 + amount)
+        z = (np.log(alpha * A) - np.log(beta * B) + beta * u) / alpha
+        over = np.expm1(np.clip(x - z, 0.0, 50.0))
+        amount_n, left, slope_n = worth(over, log_n)
+        n = np.minimum(x, z) + np.log1p(amount_n)
+        d_z = np.where(x > z, 1 - left * (1 + over) / (1 + amount_n), 0.0)
+        by_size = np.exp(np.clip(-alpha * n, -200.0, 200.0))
+        loss = np.maximum(E + A * by_size + B * by_data, _TINY)
+        to_n = -alpha * A * by_size / loss
+        to_z = to_n * d_z
+        J = np.empty((len(theta), 7, len(x)))
+        J[:, 0] = 1 / loss
+        J[:, 1] = by_size / loss + to_z / (alpha * A)
+        J[:, 2] = by_data / loss - to_z / (alpha * B)
+        J[:, 3] = -A * n * by_size / loss + to_z * (1 / alpha - z) / alpha
+        J[:, 4] = -B * (fresh + np.log1p(amount)) * by_data / loss + to_z * (u - 1 / beta) / alpha
+        J[:, 5] = -beta * B * by_data / loss * d_log_d
+        J[:, 6] = to_n * slope_n / (1 + amount_n)
+        return np.log(loss), J
 
     return model
 

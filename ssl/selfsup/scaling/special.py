@@ -1,155 +1,22 @@
-"""The other forms as results: repeated data, a broken power law of one axis, isoFLOP optima alone."""
+"""Other forms as results: a broken power law of one axis, isoFLOP optima alone."""
 
 from typing import Any
 
 import numpy as np
 
 from selfsup.scaling import law
-from selfsup.scaling.analyse import LEVEL, about, analyse, profiles_json, residual_spread, rows_json
-from selfsup.scaling.bootstrap import bootstrap, interval, intervals, resample_weights
+from selfsup.scaling.analyse import LEVEL, about, profiles_json, residual_spread, rows_json
+from selfsup.scaling.bootstrap import bootstrap, interval, intervals, resample_weights, too_few_clusters
 from selfsup.scaling.broken import MIN_RUNS, broken_problem
-from selfsup.scaling.check import check_extrapolation
+from selfsup.scaling.check import check_convergence, check_draws, check_extrapolation
 from selfsup.scaling.check_isoflop import check_isoflop
 from selfsup.scaling.design import check_design
-from selfsup.scaling.extrapolate import Extrapolation
 from selfsup.scaling.finding import Finding, split
-from selfsup.scaling.fit import Fitted, Problem, exponents, fit, inner_law
+from selfsup.scaling.hold_out import errors_on, fit_one, held_out_json, whole_runs
 from selfsup.scaling.isoflop import isoflop, power_law
-from selfsup.scaling.profile import valley
-from selfsup.scaling.repeats import LIMITS, fit_repeats, repeats_problem
 from selfsup.scaling.result import Result, findings_json
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
-
-ONE_EPOCH_RUNS = 10
-"""Runs of one epoch that a base law wants, where none is given."""
-
-
-def _fit_one(task: Problem, runs: Runs, delta: float, keep: int) -> tuple[dict[str, float], Fitted]:
-    found = fit(task, np.log(runs.loss)[None], np.ones((1, len(runs))), delta, keep=keep)
-    values = {name: float(value[0]) for name, value in task.coefficients(found.solved.theta).items()}
-    return values, found
-
-
-def _errors(fitted: Runs, target: Runs, predicted: np.ndarray, naive: np.ndarray, axis: str) -> Extrapolation:
-    error, baseline = np.abs(predicted / target.loss - 1), np.abs(naive / target.loss - 1)
-    reach = float(getattr(target, axis).max() / getattr(fitted, axis).max())
-    return Extrapolation(
-        len(fitted), len(target), float(fitted.flops.max()), reach, float(error.mean()), float(error.max()),
-        float(baseline.mean()), float(baseline.max()),
-    )  # fmt: skip
-
-
-def _held_out(found: Extrapolation | None, baseline: str) -> dict[str, Any] | None:
-    return None if found is None else {**found._asdict(), "error_of": "loss", "baseline": baseline}
-
-
-def _convergence(found: Fitted) -> list[Finding]:
-    if bool(found.solved.converged[0]):
-        return []
-    text = "the optimiser did not converge: its coefficients are a stop, not an optimum"
-    return [Finding("not converged", float(found.solved.steps[0]), 0, text, refuses=True)]
-
-
-def analyse_repeats(
-    runs: Runs, base: Result | None, resamples: int = 1000, seed: int = 0, delta: float = DELTA
-) -> Result:
-    """R_D and R_N over a base law: a chinchilla fit that is given, or of the runs of one epoch.
-
-    Raises ValueError without a column of unique samples, without repeats, or with too few runs for a base law.
-    """
-    if runs.unique is None:
-        raise ValueError("--form repeats: expected --unique COL, the number of distinct samples of each run")
-    fresh = runs.samples <= 1.001 * runs.unique
-    if fresh.all():
-        raise ValueError(
-            "--form repeats: no run reads a sample twice (samples <= unique in every row); take --form chinchilla"
-        )
-    findings = check_design(runs, "repeats")
-    if base is None:
-        if fresh.sum() < ONE_EPOCH_RUNS:
-            raise ValueError(
-                f"--form repeats: {int(fresh.sum())} runs of one epoch are too few for a base law "
-                f"(at least {ONE_EPOCH_RUNS}); "
-                "give one with --base FIT.json"
-            )
-        base = analyse(runs.take(fresh), "chinchilla", resamples, seed, delta)
-    elif base.form not in ("chinchilla", "tied"):
-        raise ValueError(f"--base: expected a fit of form chinchilla or tied, got {base.form}")
-    for one in base.refused:
-        text = f"of the base law: {one['text']}"
-        findings.append(Finding(f"base law: {one['check']}", one["value"], one["limit"], text, refuses=True))
-    inner = {name: float(value) for name, value in inner_law(base.form, base.coefficients).items()}
-    if resamples and not base.draws:
-        text = "the base law was fitted without resamples: its own uncertainty is in no interval"
-        findings.append(Finding("fixed base law", 0, resamples, text))
-    task = repeats_problem(runs, inner)
-    log_loss, bounded, curves = np.log(runs.loss), {}, {}
-    found, profiles = fit_repeats(task, log_loss, delta)
-    values = {name: float(value[0]) for name, value in task.coefficients(found.solved.theta).items()}
-    findings += _convergence(found)
-    for name, curve in zip(("R_D", "R_N"), profiles):
-        low, high = (float(np.exp(end)) for end in valley(curve, float(found.solved.objective[0])))
-        curves[name] = {"value": np.exp(curve.value).tolist(), "objective": curve.objective.tolist()}
-        bounded[name] = (low, high)
-        spread = min(high, LIMITS[1]) / low
-        if spread > 10:
-            text = (
-                f"{name} = {values[name]:.3g} is a point in a valley: from {low:.3g} to "
-                f"{high:.3g} the objective is within 2% of "
-                "its least; use the predictions, not the number"
-            )
-            findings.append(Finding(f"unidentified {name}", spread, 10, text))
-    draws, unconverged = {}, 0
-    if resamples:
-        drawn = bootstrap(task, log_loss[None], runs.cluster, found.solved.theta, resamples, seed, delta)
-        draws, unconverged = {name: value[0] for name, value in drawn.values.items()}, drawn.unconverged
-    outside = _repeats_held_out(runs, inner, delta)
-    findings += check_extrapolation(outside)
-    warnings, refused = split(findings)
-    a, b = (float(value) for value in exponents("chinchilla", inner))
-    last = int(runs.flops.argmax())
-    at = {name: float(getattr(runs, name)[last]) for name in ("params", "samples", "unique")}
-    loss = float(law.repeats(inner, values["R_D"], values["R_N"], **{k: np.array(v) for k, v in at.items()}))
-    drawn_all = {**_base_draws(base, inner, resamples), **draws} if draws else {}
-    known = {name: values for name, values in base.intervals.items() if name in law.CHINCHILLA}
-    return Result(
-        "repeats", {**inner, **values}, {"a": a, "b": b}, {**known, **_open(intervals(draws, LEVEL))} if draws else {},
-        float(found.solved.objective[0]),
-        _held_out(outside, "the base law, repeats counted as fresh data"),
-        findings_json(warnings), findings_json(refused),
-        {**about(runs), "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
-         "residual_sd": residual_spread(runs, np.exp(task.model(found.solved.theta)[0][0])),
-         "within_2_percent": {name: list(ends) for name, ends in bounded.items()}, "profiles": curves},
-        {**at, "loss": loss}, {name: value.tolist() for name, value in drawn_all.items()},
-        rows=rows_json(runs),
-    )  # fmt: skip
-
-
-def _base_draws(base: Result, inner: dict[str, float], resamples: int) -> dict[str, np.ndarray]:
-    """The base law's own draws beside those of the half-lives; they were drawn apart, so no pair is correlated."""
-    source = base.values()
-    count = len(source["E"])
-    return {name: source[name][np.arange(resamples) % count] for name in inner}
-
-
-def _open(found: dict[str, list[float]]) -> dict[str, list[float | None]]:
-    """An end at the limit of the search is no bound."""
-    return {
-        name: [low if low > 1.01 * LIMITS[0] else 0.0, high if high < 0.99 * LIMITS[1] else None, level]
-        for name, (low, high, level) in found.items()
-    }
-
-
-def _repeats_held_out(runs: Runs, base: dict[str, float], delta: float) -> Extrapolation | None:
-    largest = runs.flops > np.quantile(runs.flops, 0.8)
-    if not largest.any() or (~largest).sum() < 3:
-        return None
-    fitted, target = runs.take(~largest), runs.take(largest)
-    values, _ = _fit_one(repeats_problem(fitted, base), fitted, delta, keep=12)
-    predicted = law.repeats(base, values["R_D"], values["R_N"], target.params, target.samples, target.unique)
-    naive = law.chinchilla(**base, params=target.params, samples=target.samples)
-    return _errors(fitted, target, predicted, naive, "flops")
 
 
 def analyse_broken(
@@ -157,30 +24,33 @@ def analyse_broken(
 ) -> Result:
     """A broken power law of the axis, which stands in `runs.samples`. Raises ValueError below 12 runs."""
     task = broken_problem(runs)
-    values, found = _fit_one(task, runs, delta, keep=32)
-    findings = _convergence(found)
+    values, found = fit_one(task, runs, delta, keep=32)
+    findings = check_convergence(found)
     runs_count = int(runs.cluster.max()) + 1
     if runs_count < 24:
         text = f"{runs_count} runs for 6 parameters (below 24): the break may be noise; compare with a law without one"
         findings.append(Finding("few runs", runs_count, 24, text))
+    if few := too_few_clusters(runs.cluster):
+        findings, resamples = [*findings, *few], 0
     draws, unconverged = {}, 0
     if resamples:
         drawn = bootstrap(
             task, np.log(runs.loss)[None], runs.cluster, found.solved.theta, resamples, seed, delta
         )
         draws, unconverged = {name: value[0] for name, value in drawn.values.items()}, drawn.unconverged
+        findings += check_draws(draws, unconverged, runs_count, float(runs.loss.min()))
         low, high = interval(draws["d1"], LEVEL)
         if high / low > 100:
             text = f"the break lies between {low:.3g} and {high:.3g} (95%): it is not identified"
             findings.append(Finding("unidentified break", high / low, 100, text))
     outside = None
-    largest = runs.samples > np.quantile(runs.samples, 0.8)
+    largest = whole_runs(runs)
     fitted, target = runs.take(~largest), runs.take(largest)
     if largest.any() and len(np.unique(fitted.samples)) >= MIN_RUNS:
-        less, _ = _fit_one(broken_problem(fitted), fitted, delta, keep=32)
+        less, _ = fit_one(broken_problem(fitted), fitted, delta, keep=32)
         slope, height = power_law(fitted.samples, fitted.loss)
         naive = np.exp(height + slope * np.log(target.samples))
-        outside = _errors(fitted, target, law.broken(**less, x=target.samples), naive, "samples")
+        outside = errors_on(fitted, target, law.broken(**less, x=target.samples), naive, "samples")
     findings += check_extrapolation(outside)
     warnings, refused = split(findings)
     x = float(runs.samples.max())
@@ -195,7 +65,7 @@ def analyse_broken(
     }
     return Result(
         "bnsl", values, {}, intervals(draws, LEVEL) if draws else {}, float(found.solved.objective[0]),
-        _held_out(outside, "a power law of the axis, least squares"),
+        held_out_json(outside, "a power law of the axis, least squares"),
         findings_json(warnings), findings_json(refused), facts,
         {"x": x, "loss": float(law.broken(**values, x=x))}, {name: value.tolist() for name, value in draws.items()},
         rows=rows_json(runs),
@@ -217,6 +87,8 @@ def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0) -> Result:
         )
     findings = [f for f in check_design(runs, "chinchilla") if f.check not in ("few runs", "narrow ratio")]
     findings += check_isoflop(curves, None, runs, own=True)
+    if few := too_few_clusters(runs.cluster):
+        findings, resamples = [*findings, *few], 0
     draws: dict[str, list[float]] = {}
     failed = 0
     for weights in (
@@ -227,15 +99,11 @@ def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0) -> Result:
         for name, value in drawn.items():
             draws.setdefault(name, []).append(value)
     arrays = {name: np.array(value) for name, value in draws.items()}
-    if failed > 0.01 * resamples:
-        text = (
-            f"{failed} of {resamples} resamples have fewer than two minima and are left out of the intervals"
-        )
-        findings.append(Finding("resamples", failed / resamples, 0.01, text))
-    if arrays and np.ptp(np.quantile(arrays["a"], [0.025, 0.975])) > 0.4:
-        low, high = interval(arrays["a"], LEVEL)
-        text = f"a is between {low:.2f} and {high:.2f} (95%; 0.4 or less wanted)"
-        findings.append(Finding("loose exponent", high - low, 0.4, text, refuses=True))
+    if failed:
+        text = f"{failed} of {resamples} resamples have fewer than two minima and are in no interval"
+        findings.append(Finding("resamples", failed / resamples, 0, text, refuses=failed > 0.1 * resamples))
+    if arrays:
+        findings += check_draws(arrays, 0, int(runs.cluster.max()) + 1, float(runs.loss.min()))
     outside = _isoflop_held_out(runs)
     warnings, refused = split(findings)
     largest = curves.profiles[-1].budget

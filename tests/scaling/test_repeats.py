@@ -1,0 +1,98 @@
+"""Repeated data: base law and half-lives are recovered together, with intervals, and doubted where they should be."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from scaling_tables import TRUTH
+from selfsup.scaling import law
+from selfsup.scaling.analyse import analyse
+from selfsup.scaling.bootstrap import bootstrap, interval
+from selfsup.scaling.fit import fit
+from selfsup.scaling.repeated import analyse_repeats
+from selfsup.scaling.repeats import fit_jointly
+from selfsup.scaling.table import Runs
+
+FULL = {**TRUTH, "R_D": 12.0, "R_N": 4.0}
+
+
+def table(noise=0.0, seed=0, **more) -> Runs:
+    """144 runs of the law, 48 of one epoch, of which 34 are larger than is optimal for their data."""
+    params, unique, epochs = (
+        axis.ravel()
+        for axis in np.meshgrid(np.geomspace(1e7, 3e9, 12), np.geomspace(1e8, 1e10, 4), [1.0, 6.0, 20.0])
+    )
+    samples = unique * epochs
+    loss = law.repeats(TRUTH, FULL["R_D"], FULL["R_N"], params, samples, unique)
+    loss = loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(loss)))
+    lines = np.arange(len(loss))
+    runs = Runs(params, samples, 6 * params * samples, loss, lines, lines, unique=unique)
+    return replace(runs, **more)
+
+
+def test_the_design_has_large_runs_of_one_epoch():
+    runs = table()
+    large = runs.params > law.optimal_params(**TRUTH, samples=runs.unique)
+    fresh = runs.samples <= 1.001 * runs.unique
+    assert (fresh & large).sum() == 34 and fresh.sum() == 48
+
+
+def is_the_truth(values):
+    for name, value in FULL.items():
+        assert values[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_truth_without_noise_is_recovered():
+    result = analyse_repeats(table(), None, resamples=0)
+    is_the_truth(result.coefficients)
+    assert not result.refused
+    assert result.extrapolation["mean_error"] < 1e-6  # base law and half-lives of the smaller runs alone
+
+
+def test_a_base_law_of_all_fresh_runs_is_caught():
+    """The mutant: the base law of the runs of one epoch, held. R_N is 11 in place of 4."""
+    runs = table()
+    base = analyse(runs.take(runs.samples <= 1.001 * runs.unique), "chinchilla", resamples=0)
+    values = analyse_repeats(runs, base, resamples=0).coefficients
+    with pytest.raises(AssertionError):
+        is_the_truth(values)
+    assert values["R_N"] > 8
+
+
+TABLES = 100
+
+
+@pytest.mark.slow
+def test_intervals_cover():
+    """100 tables with 1% of noise; one standard deviation of a share of 95% is 2.2%."""
+    runs = table()
+    task, _, _ = fit_jointly(runs)
+    log_loss = np.log(runs.loss) + 0.01 * np.random.default_rng(3).standard_normal((TABLES, len(runs)))
+    full = fit(task, log_loss, np.ones((1, len(runs))), keep=4)
+    drawn = bootstrap(task, log_loss, runs.cluster, full.solved.theta, 100, 0)
+    assert drawn.unconverged <= 0.01 * TABLES * 100
+    for name, rows in drawn.values.items():
+        ends = [interval(row, 0.95) for row in rows]
+        share = np.mean([low <= FULL[name] <= high for low, high in ends])
+        assert share >= 0.885, (name, share)
+
+
+def test_the_base_laws_doubts_are_carried():
+    runs = table(0.003)
+    fresh = runs.take(runs.samples <= 1.001 * runs.unique)
+    base = analyse(fresh, "chinchilla", resamples=100)
+    text = {"check": "seed noise", "value": 1.0, "limit": 0.2, "text": "noisy"}
+    result = analyse_repeats(runs, replace(base, warnings=[text]), resamples=100)
+    assert "base law: seed noise" in {one["check"] for one in result.warnings}
+    assert np.ptp(result.draws["E"]) > 0 and set(result.intervals) == {*FULL, "a", "b"}
+    held = analyse_repeats(runs, replace(base, draws={}), resamples=100)
+    assert set(held.intervals) == set(law.REPEATS) and "fixed base law" in {f["check"] for f in held.warnings}
+
+
+def test_whole_runs_are_held_out():
+    """Rows of one run: all of it is fitted, or all of it is foretold."""
+    runs = table(0.003)
+    cluster = np.unique(np.stack([runs.params, runs.unique]), axis=1, return_inverse=True)[1].ravel()
+    result = analyse_repeats(replace(runs, cluster=cluster, clustered=True), None, resamples=0)
+    assert result.extrapolation["held_out"] % 3 == 0 and result.extrapolation["held_out"] > 29
