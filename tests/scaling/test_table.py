@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from selfsup.scaling.table import Columns, number, read_table
+from selfsup.scaling.cells import number
+from selfsup.scaling.table import Columns, read_table
 
 PLAIN = Columns("N", "loss", "D")
 
@@ -82,6 +83,18 @@ def test_quoted_cells(tmp_path):
     assert read_table(path, PLAIN).params.tolist() == [1.4e6, 2e8]
 
 
+def test_thousands_beside_larger_ones(tmp_path):
+    """500,000 in a column that has 1,400,000 is no decimal comma."""
+    path = write(tmp_path, 'N,D,loss\n"1,400,000","2e9",3.1\n"500,000",1e9,3.0\n')
+    assert read_table(path, PLAIN).params.tolist() == [1.4e6, 5e5]
+
+
+def test_lines_are_those_of_the_file(tmp_path):
+    """A quoted cell of two lines, an empty line: a row's line is where it begins."""
+    path = write(tmp_path, '\nN,D,loss,note\n1,2,3,"a\nb"\n\n4,5,6,c\n')
+    assert read_table(path, PLAIN).line.tolist() == [3, 6]
+
+
 def test_clusters_conditions_and_extras(tmp_path):
     text = "run,set,N,D,loss,U,lr,bad\n"
     text += "".join(
@@ -124,6 +137,18 @@ def test_clusters_conditions_and_extras(tmp_path):
         ("N,D,loss\n1,2\n", PLAIN, (), "line 2: 2 cells, the header has 3"),
         ("N,D,N,loss\n1,2,3,4\n", PLAIN, (), "the column 'N' is there twice"),
         ("N;D;loss\n1;2;3,105\n", PLAIN, (), "line 2: 3,105: write decimal points, not commas"),
+        ("N\tD\tloss\n1\t2\t3,215\n", PLAIN, (), "line 2: loss: 3,215: write decimal points, not commas"),
+        ('N,D,loss\n1,2,3\n1,2,"3,215"\n', PLAIN, (), "line 3: loss: 3,215: write decimal points"),
+        ('N,D,loss\n1,2,"3,2"\n', PLAIN, (), "line 2: loss: 3,2: write decimal points"),
+        ('N,D,loss\n"1,215",2,3\n', PLAIN, (), "line 2: N: 1,215: write decimal points"),
+        ('N,D,loss\n"1,215B",2,3\n', PLAIN, (), "line 2: N: 1,215B: write decimal points"),
+        ('N,D,loss\n"1,400,000","0,215",3\n', PLAIN, (), "line 2: D: 0,215: write decimal points"),
+        ('N,D,loss\n1,2,3\n1,"2,3\n' + "4,5,6\n" * 30000, PLAIN, (), "line 3: cannot be read as cells"),
+        ('N,D,loss\n1,2,3\n1,"2,3\n4,5,6\n', PLAIN, (), "line 3: cannot be read as cells"),
+        ("N|D|loss\n1|2|3\n", PLAIN, (), "found none of them in 'N|D|loss'; its cells seem to be separated by '|'"),
+        ("N D loss\n1 2 3\n", PLAIN, (), "its cells seem to be separated by spaces"),
+        ("# made by me\nN,D,loss\n1,2,3\n", PLAIN, (), "its first line is a comment (# made by me)"),
+        ("# runs, all\nN,D,loss\n1,2,3\n", PLAIN, (), "its first line is a comment (# runs, all)"),
         ("N,D,loss\n", PLAIN, (), "expected a header and rows, got 1 lines"),
         ("", PLAIN, (), "expected a header and rows, got 0 lines"),
         ("N,D,loss,s\n1,2,3,a\n", PLAIN, ("s=b",), "--where s=b: no row has it; s holds a"),

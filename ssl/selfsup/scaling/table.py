@@ -4,11 +4,8 @@ A run is one row or, with a cluster column, several (checkpoints of one training
 resampled together.
 """
 
-import csv
 import difflib
 import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,15 +13,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from selfsup.scaling.cells import number, read_cells, refuse_decimal_commas
+
 FLOPS_PER = 6.0
 """FLOPs per parameter and sample where the table does not say: 2 forward, 4 backward."""
-
-_SUFFIX = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-_MISSING = {"", "na", "n/a", "nan", "none", "null", "-", "--", "?"}
-_NUMBER = re.compile(
-    r"([+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE
-)
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
 @dataclass(frozen=True)
@@ -105,22 +97,6 @@ def runs_of(
     )  # fmt: skip
 
 
-def number(text: str) -> float:
-    """A cell as a number: 1.5e9, 1,500,000, 125M, 1.4B, 2T; nan where it is missing or no number.
-
-    Infinity stays infinite."""
-    text = text.strip().strip("$%").strip()
-    if text.lower() in _MISSING:
-        return math.nan
-    found = _NUMBER.fullmatch(text)
-    if found is None:
-        try:
-            return float(text)  # inf
-        except ValueError:
-            return math.nan
-    return float(found[1].replace(",", "").replace("_", "")) * _SUFFIX.get(found[2].lower(), 1.0)
-
-
 def read_table(
     path: Path, columns: Columns, where: Sequence[str] = (), flops_per: float | None = None
 ) -> Runs:
@@ -134,7 +110,7 @@ def read_table(
     """
     if columns.samples is None and columns.flops is None and columns.params is not None:
         raise ValueError("give --samples COL (tokens or images) or --flops COL, or both: neither was given")
-    header, rows = _read(path)
+    header, rows = read_cells(path)
     for item in fields(columns):
         _require(path, header, getattr(columns, item.name), f"--{item.name.replace('_', '-')}")
     kept, dropped = _meet(path, header, rows, where)
@@ -185,32 +161,6 @@ def _complete(
     )  # fmt: skip
 
 
-def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and (line, cells) of every row that is not empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
-        raise ValueError(f"{path}: cannot read the table: {reason}") from None
-    first = text.partition("\n")[0]
-    delimiter = max(",\t;", key=first.count)
-    reader = csv.reader(text.splitlines(), delimiter=delimiter)
-    found = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    if len(found) < 2:
-        raise ValueError(f"{path}: expected a header and rows, got {len(found)} lines")
-    header = [name.strip() for name in found[0][1]]
-    twice = [name for name, count in Counter(header).items() if count > 1 and name]
-    if twice:
-        raise ValueError(f"{path}: the column {twice[0]!r} is there twice; give the columns different names")
-    for line, row in found[1:]:
-        if len(row) != len(header):
-            raise ValueError(f"{path}, line {line}: {len(row)} cells, the header has {len(header)}")
-        comma = [cell for cell in row if delimiter == ";" and _DECIMAL_COMMA.fullmatch(cell.strip())]
-        if comma:
-            raise ValueError(f"{path}, line {line}: {comma[0].strip()}: write decimal points, not commas")
-    return header, found[1:]
-
-
 def _require(path: Path, header: list[str], name: str | None, flag: str) -> None:
     if name is not None and name not in header:
         lower = {column.lower(): column for column in header}
@@ -251,6 +201,7 @@ def _column(
     path: Path, header: list[str], rows: list[tuple[int, list[str]]], name: str, field_name: str
 ) -> np.ndarray:
     place = header.index(name)
+    refuse_decimal_commas(path, [(line, row[place].strip().strip("$%").strip()) for line, row in rows], name, field_name)
     values = np.array([number(row[place]) for _, row in rows])
     if len(values) and np.isnan(values).all():
         shown = ", ".join(repr(row[place]) for _, row in rows[:3])
