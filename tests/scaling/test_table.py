@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from selfsup.scaling.cells import number
+from selfsup.scaling.cost import Cost
 from selfsup.scaling.table import Columns, read_table
 
 PLAIN = Columns("N", "loss", "D")
@@ -43,15 +44,18 @@ def test_samples_or_flops_or_both(tmp_path):
     )
     path = write(tmp_path, text)
     only_d = read_table(path, PLAIN)
-    assert only_d.flops == pytest.approx(6 * only_d.params * only_d.samples) and only_d.flops_per == 6
+    assert only_d.flops == pytest.approx(6 * only_d.params * only_d.samples) and only_d.cost == Cost(6.0)
     only_c = read_table(path, Columns("N", "loss", flops="C"))
     assert only_c.samples == pytest.approx([7 / 6 * 2e9, 7 / 6 * 1e9])
     both = read_table(path, Columns("N", "loss", "D", "C"))
     assert (
         both.samples == pytest.approx([2e9, 1e9])
-        and both.flops_per == pytest.approx(7)
+        and both.cost.base == pytest.approx(7)
         and both.measured_flops
     )
+    assert read_table(path, Columns("N", "loss", "D", "C"), flops_per=7.0).cost.base == pytest.approx(7)
+    with pytest.raises(ValueError, match=r"--flops-per 6: the table's own C / \(N D\) is 7"):
+        read_table(path, Columns("N", "loss", "D", "C"), flops_per=6.0)
     assert read_table(path, PLAIN, flops_per=4.0).flops == pytest.approx([4 * 2e17] * 2)
 
 

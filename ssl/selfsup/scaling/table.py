@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from selfsup.scaling.cells import number, read_cells, refuse_decimal_commas
+from selfsup.scaling.cost import CONSTANT, Cost, fit_cost
 
 FLOPS_PER = 6.0
 """FLOPs per parameter and sample where the table does not say: 2 forward, 4 backward."""
@@ -45,8 +46,8 @@ class Columns:
 
 @dataclass(frozen=True)
 class Runs:
-    """n usable rows. `flops_per` is C / (N D): 6 where only one of samples and FLOPs was given, else the median
-    over the larger half of the compute. `line` is the row's line in the file."""
+    """n usable rows. `cost` says what C / (N D) is: 6 where only one of samples and FLOPs was given, else measured.
+    `line` is the row's line in the file."""
 
     params: Float[np.ndarray, " n"]
     samples: Float[np.ndarray, " n"]
@@ -54,7 +55,7 @@ class Runs:
     loss: Float[np.ndarray, " n"]
     cluster: Int[np.ndarray, " n"]
     line: Int[np.ndarray, " n"]
-    flops_per: float = FLOPS_PER
+    cost: Cost = Cost(FLOPS_PER)
     budget: Float[np.ndarray, " n"] | None = None
     unique: Float[np.ndarray, " n"] | None = None
     lr: Float[np.ndarray, " n"] | None = None
@@ -152,13 +153,27 @@ def _complete(
         samples = flops / (per * params)
     elif flops is None:
         flops = per * params * samples
-    elif flops_per is None:
-        ratio = flops / (params * samples)
-        per = float(np.median(ratio[flops >= np.median(flops)]))
+    cost = Cost(float(per))
+    if measured:
+        cost = _measured(params, samples, flops, flops_per)
     return Runs(
-        params, samples, flops, cells.pop("loss"), cluster, lines, float(per), **cells,
+        params, samples, flops, cells.pop("loss"), cluster, lines, cost, **cells,
         clustered=columns.cluster is not None, measured_flops=measured, read=read, dropped=dropped,
     )  # fmt: skip
+
+
+def _measured(
+    params: np.ndarray, samples: np.ndarray, flops: np.ndarray, flops_per: float | None
+) -> Cost:  # fmt: skip
+    """The cost where the table gives C, N and D. Raises ValueError where --flops-per says something else."""
+    ratio = flops / (params * samples)
+    middle = float(np.median(ratio[flops >= np.median(flops)]))
+    if flops_per is not None and abs(flops_per / middle - 1) > CONSTANT:
+        raise ValueError(
+            f"--flops-per {flops_per:g}: the table's own C / (N D) is {middle:.4g} (median over the larger half of the "
+            "compute); leave out --flops-per, or one of --flops and --samples"
+        )
+    return fit_cost(params, samples, flops, middle)
 
 
 def _require(path: Path, header: list[str], name: str | None, flag: str) -> None:
