@@ -9,6 +9,7 @@ from scaling_tables import TRUTH, checkpoint_design, epoch, is_epochs_fit, isofl
 from selfsup.scaling import check, law, start
 from selfsup.scaling.analyse import analyse
 from selfsup.scaling.design import check_design, check_untrained, seed_spread
+from selfsup.scaling.extrapolate import held_out_runs
 from selfsup.scaling.fit import fit, fit_runs, problem
 from selfsup.scaling.predict import predict_run
 from selfsup.scaling.repeated import analyse_repeats
@@ -283,6 +284,18 @@ def test_a_law_that_does_not_extrapolate_is_refused():
     budget = np.round(np.log10(runs.flops), 2)
     result = analyse(replace(runs, loss=loss, budget=10**budget), "chinchilla", resamples=0)
     assert expect(result, "extrapolation", True) > 0.05
+
+
+def test_whole_runs_are_held_out():
+    """No checkpoint of a held-out run stays in the fit: a fifth of the runs, by the compute at their ends."""
+    params, samples, cluster = checkpoint_design()
+    runs = simulated(params, samples, 0.002, cluster=cluster)
+    held = held_out_runs(runs)
+    assert not set(runs.cluster[held]) & set(runs.cluster[~held])
+    ends = runs.flops[3::4]
+    assert set(runs.cluster[held]) == set(np.argsort(ends)[-7:])
+    budget = np.where(np.arange(len(runs)) % 4 == 3, 3.0, np.arange(len(runs)) % 2 + 1.0)
+    assert held_out_runs(replace(runs, budget=budget)).all()
 
 
 def test_counting_convention():

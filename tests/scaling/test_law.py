@@ -1,6 +1,7 @@
 """The laws against slow loops, their gradients against finite differences, optima against a search, truth recovered."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ from scipy.optimize import minimize_scalar
 
 from scaling_tables import TRUTH, isoflop_design, simulated
 from selfsup.scaling import law, optimum
+from selfsup.scaling.analyse import analyse
 from selfsup.scaling.broken import broken_problem
+from selfsup.scaling.cost import Cost, fit_cost
 from selfsup.scaling.fit import FORMS, exponents, fit, fit_runs, predict
 from selfsup.scaling.isoflop import frontier, isoflop
+from selfsup.scaling.predict import predict_plan
 from selfsup.scaling.repeats import fit_repeats, repeats_problem
 from selfsup.scaling.result import loss_at
 from selfsup.scaling.rules import Setting, fixed, nanochat, olmo, porian, steplaw
@@ -155,7 +159,7 @@ def test_the_optimum_is_that_of_a_search(form, truth):
         return float(predict(form, truth, np.exp(log_n), product / np.exp(log_n)))
 
     for flops, per in ((1e19, 6.0), (1e23, 7.3)):
-        found = optimum.optimum(form, truth, flops, per)
+        found = optimum.optimum(form, truth, flops, Cost(per))
         best = minimize_scalar(
             loss, args=(flops / per,), bounds=(5, 45), method="bounded", options={"xatol": 1e-10}
         )
@@ -166,20 +170,79 @@ def test_the_optimum_is_that_of_a_search(form, truth):
 
 @pytest.mark.parametrize(("form", "truth"), [("chinchilla", TRUTH), ("kaplan", KAPLAN)])
 def test_the_price_is_what_the_optimum_would_not_have_needed(form, truth):
-    best = optimum.optimum(form, truth, 1e22, 6.0)
+    best = optimum.optimum(form, truth, 1e22, Cost(6.0))
     for factor in (0.25, 4.0):
-        above, wasted = optimum.price(form, truth, 1e22, 6.0, factor)
-        less = optimum.optimum(form, truth, 1e22 * (1 - float(wasted)), 6.0)
+        above, wasted = optimum.price(form, truth, 1e22, Cost(6.0), factor)
+        less = optimum.optimum(form, truth, 1e22 * (1 - float(wasted)), Cost(6.0))
         assert float(less.loss) == pytest.approx(float(best.loss + above), rel=1e-12) and above > 0
+
+
+@pytest.mark.parametrize("cost", [Cost(6.0, 2400.0, 1 / 3), Cost(6.0, -3e6, 0.9), Cost(5.0, 90.0, 0.1)])
+@pytest.mark.parametrize(("form", "truth"), [("chinchilla", TRUTH), ("kaplan", KAPLAN)])
+def test_the_optimum_where_compute_is_not_6nd(form, truth, cost):
+    """Against a bounded search over sizes; also the price, and the limited optimum with data enough."""
+
+    def loss(log_n, flops):
+        n = np.exp(log_n)
+        return float(predict(form, truth, n, flops / (cost.per(n) * n)))
+
+    for flops in (1e19, 1e23):
+        found = optimum.optimum(form, truth, flops, cost)
+        best = minimize_scalar(loss, args=(flops,), bounds=(16, 35), method="bounded", options={"xatol": 1e-10})
+        assert float(np.log(found.params)) == pytest.approx(best.x, abs=1e-5)
+        assert float(found.loss) == pytest.approx(best.fun, rel=1e-12)
+        above, wasted = optimum.price(form, truth, flops, cost, 4.0)
+        assert found.loss + above == pytest.approx(loss(np.log(4.0 * found.params), flops), rel=1e-9)
+        less = optimum.optimum(form, truth, flops * (1 - wasted), cost)
+        assert float(less.loss) == pytest.approx(float(found.loss) + above, rel=1e-12)
+        if form == "chinchilla":
+            enough = optimum.limited_optimum(truth, (15.4, 5.3), flops, cost, 1e15)
+            assert float(enough.loss) == pytest.approx(best.fun, rel=1e-6)
+
+
+def test_a_cost_is_found_and_a_constant_one_kept():
+    params, samples = isoflop_design()
+    for power in (1 / 3, 2 / 3):
+        extra = 0.8 * params.min() ** power * 6
+        found = fit_cost(params, samples, (6 + extra * params**-power) * params * samples, 7.0)
+        assert found.base == pytest.approx(6, rel=1e-3) and found.power == pytest.approx(power, rel=1e-3)
+        assert found.off < 1e-4
+    assert fit_cost(params, samples, 6.5 * params * samples, 6.5) == Cost(6.5, off=pytest.approx(0))
+    noise = np.exp(0.05 * np.random.default_rng(0).standard_normal(len(params)))
+    assert fit_cost(params, samples, 6 * noise * params * samples, 6.0).off == pytest.approx(0.1, abs=0.06)
+
+
+def test_a_plan_where_compute_is_not_6nd():
+    """C = 6 (N + 400 N^(2/3)) D, as attention adds: the plan spends the budget, at the size that a search finds.
+    With one C / (N D) for all sizes it spent .74 of it."""
+    params, samples = isoflop_design(budgets=6, sizes=7, reach=5)
+    cost = Cost(6.0, 2400.0, 1 / 3)
+    flops = cost.per(params) * params * samples
+    exact = simulated(params, samples, 1e-4)
+    runs = replace(exact, flops=flops, cost=fit_cost(params, samples, flops, 8.0), measured_flops=True)
+    result = analyse(runs, "chinchilla", resamples=0)
+    found = predict_plan(result, 1e22)
+    best = minimize_scalar(
+        lambda x: float(predict("chinchilla", TRUTH, np.exp(x), 1e22 / cost.per(np.exp(x)) / np.exp(x))),
+        bounds=(16, 35), method="bounded",
+    )  # fmt: skip
+    n, d = found.values["params"][0], found.values["samples"][0]
+    assert float(cost.per(n)) * n * d == pytest.approx(1e22, rel=2e-3)
+    assert n == pytest.approx(np.exp(best.x), rel=0.05)
+    assert any("here N grows as C^0.5" in note for note in found.notes)
+    assert any("C / (N D) is extrapolated" in note for note in found.notes)
+    assert "approaches" not in {one["check"] for one in result.warnings + result.refused}
+    blind = predict_plan(analyse(replace(runs, cost=Cost(8.5)), "chinchilla", resamples=0), 1e22).values
+    assert float(cost.per(blind["params"][0])) * blind["params"][0] * blind["samples"][0] < 0.9e22
 
 
 def test_limited_data():
     """With data enough it is the plain optimum; with less, a smaller loss is not to be had, and a search agrees."""
-    plain = optimum.optimum("chinchilla", TRUTH, 1e22, 6.0)
-    enough = optimum.limited_optimum(TRUTH, (15.4, 5.3), 1e22, 6.0, 1e13)
+    plain = optimum.optimum("chinchilla", TRUTH, 1e22, Cost(6.0))
+    enough = optimum.limited_optimum(TRUTH, (15.4, 5.3), 1e22, Cost(6.0), 1e13)
     assert float(enough.loss) == pytest.approx(float(plain.loss), rel=1e-7)
     unique = 1e10
-    short = optimum.limited_optimum(TRUTH, (15.4, 5.3), 1e22, 6.0, unique)
+    short = optimum.limited_optimum(TRUTH, (15.4, 5.3), 1e22, Cost(6.0), unique)
     line = lambda log_n: float(law.repeats(TRUTH, 15.4, 5.3, np.exp(log_n), 1e22 / 6 / np.exp(log_n), unique))  # noqa: E731
     best = min(line(log_n) for log_n in np.linspace(15, 35, 20001))
     assert float(short.loss) == pytest.approx(best, rel=1e-5) and short.loss > plain.loss
@@ -188,7 +251,7 @@ def test_limited_data():
 
 def test_exponents_are_slopes_of_the_optimum():
     for form, truth in (("chinchilla", TRUTH), ("kaplan", KAPLAN)):
-        small, large = (optimum.optimum(form, truth, c, 6.0) for c in (1e20, 1e22))
+        small, large = (optimum.optimum(form, truth, c, Cost(6.0)) for c in (1e20, 1e22))
         a, b = exponents(form, truth)
         assert float(np.log(large.params / small.params) / np.log(100)) == pytest.approx(float(a))
         assert float(np.log(large.samples / small.samples) / np.log(100)) == pytest.approx(float(b))

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from selfsup.scaling.table import Columns, number, read_table
+from selfsup.scaling.cells import number
+from selfsup.scaling.cost import Cost
+from selfsup.scaling.table import Columns, read_table
 
 PLAIN = Columns("N", "loss", "D")
 
@@ -42,15 +44,18 @@ def test_samples_or_flops_or_both(tmp_path):
     )
     path = write(tmp_path, text)
     only_d = read_table(path, PLAIN)
-    assert only_d.flops == pytest.approx(6 * only_d.params * only_d.samples) and only_d.flops_per == 6
+    assert only_d.flops == pytest.approx(6 * only_d.params * only_d.samples) and only_d.cost == Cost(6.0)
     only_c = read_table(path, Columns("N", "loss", flops="C"))
     assert only_c.samples == pytest.approx([7 / 6 * 2e9, 7 / 6 * 1e9])
     both = read_table(path, Columns("N", "loss", "D", "C"))
     assert (
         both.samples == pytest.approx([2e9, 1e9])
-        and both.flops_per == pytest.approx(7)
+        and both.cost.base == pytest.approx(7)
         and both.measured_flops
     )
+    assert read_table(path, Columns("N", "loss", "D", "C"), flops_per=7.0).cost.base == pytest.approx(7)
+    with pytest.raises(ValueError, match=r"--flops-per 6: the table's own C / \(N D\) is 7"):
+        read_table(path, Columns("N", "loss", "D", "C"), flops_per=6.0)
     assert read_table(path, PLAIN, flops_per=4.0).flops == pytest.approx([4 * 2e17] * 2)
 
 
@@ -80,6 +85,18 @@ def test_separators_and_byte_order_mark(tmp_path):
 def test_quoted_cells(tmp_path):
     path = write(tmp_path, 'N,D,loss\n"1,400,000","2,000,000,000",3.1\n2e8,1e9,3.0\n')
     assert read_table(path, PLAIN).params.tolist() == [1.4e6, 2e8]
+
+
+def test_thousands_beside_larger_ones(tmp_path):
+    """500,000 in a column that has 1,400,000 is no decimal comma."""
+    path = write(tmp_path, 'N,D,loss\n"1,400,000","2e9",3.1\n"500,000",1e9,3.0\n')
+    assert read_table(path, PLAIN).params.tolist() == [1.4e6, 5e5]
+
+
+def test_lines_are_those_of_the_file(tmp_path):
+    """A quoted cell of two lines, an empty line: a row's line is where it begins."""
+    path = write(tmp_path, '\nN,D,loss,note\n1,2,3,"a\nb"\n\n4,5,6,c\n')
+    assert read_table(path, PLAIN).line.tolist() == [3, 6]
 
 
 def test_clusters_conditions_and_extras(tmp_path):
@@ -124,6 +141,18 @@ def test_clusters_conditions_and_extras(tmp_path):
         ("N,D,loss\n1,2\n", PLAIN, (), "line 2: 2 cells, the header has 3"),
         ("N,D,N,loss\n1,2,3,4\n", PLAIN, (), "the column 'N' is there twice"),
         ("N;D;loss\n1;2;3,105\n", PLAIN, (), "line 2: 3,105: write decimal points, not commas"),
+        ("N\tD\tloss\n1\t2\t3,215\n", PLAIN, (), "line 2: loss: 3,215: write decimal points, not commas"),
+        ('N,D,loss\n1,2,3\n1,2,"3,215"\n', PLAIN, (), "line 3: loss: 3,215: write decimal points"),
+        ('N,D,loss\n1,2,"3,2"\n', PLAIN, (), "line 2: loss: 3,2: write decimal points"),
+        ('N,D,loss\n"1,215",2,3\n', PLAIN, (), "line 2: N: 1,215: write decimal points"),
+        ('N,D,loss\n"1,215B",2,3\n', PLAIN, (), "line 2: N: 1,215B: write decimal points"),
+        ('N,D,loss\n"1,400,000","0,215",3\n', PLAIN, (), "line 2: D: 0,215: write decimal points"),
+        ('N,D,loss\n1,2,3\n1,"2,3\n' + "4,5,6\n" * 30000, PLAIN, (), "line 3: cannot be read as cells"),
+        ('N,D,loss\n1,2,3\n1,"2,3\n4,5,6\n', PLAIN, (), "line 3: cannot be read as cells"),
+        ("N|D|loss\n1|2|3\n", PLAIN, (), "found none of them in 'N|D|loss'; its cells seem to be separated by '|'"),
+        ("N D loss\n1 2 3\n", PLAIN, (), "its cells seem to be separated by spaces"),
+        ("# made by me\nN,D,loss\n1,2,3\n", PLAIN, (), "its first line is a comment (# made by me)"),
+        ("# runs, all\nN,D,loss\n1,2,3\n", PLAIN, (), "its first line is a comment (# runs, all)"),
         ("N,D,loss\n", PLAIN, (), "expected a header and rows, got 1 lines"),
         ("", PLAIN, (), "expected a header and rows, got 0 lines"),
         ("N,D,loss,s\n1,2,3,a\n", PLAIN, ("s=b",), "--where s=b: no row has it; s holds a"),

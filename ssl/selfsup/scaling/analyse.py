@@ -18,6 +18,7 @@ from selfsup.scaling.extrapolate import BASELINE, Extrapolation, extrapolation
 from selfsup.scaling.finding import split
 from selfsup.scaling.fit import Problem, exponents, fit_runs, predict, problem
 from selfsup.scaling.isoflop import Isoflop, isoflop
+from selfsup.scaling.optimum import growth_of_size
 from selfsup.scaling.profile import profile
 from selfsup.scaling.result import Result, findings_json
 from selfsup.scaling.solve import DELTA
@@ -43,7 +44,8 @@ def analyse(runs: Runs, form: str, resamples: int = 1000, seed: int = 0, delta: 
     findings += check_extrapolation(outside)
     a, b = (float(value) for value in exponents(form, values))
     curves = isoflop(runs)
-    findings += check_isoflop(curves, a, runs, own=False)
+    growth = growth_of_size(form, values, float(runs.flops.min()), float(runs.flops.max()), runs.cost)
+    findings += check_isoflop(curves, growth, runs, own=False)
     findings += check_counting(form, runs, a)
     warnings, refused = split(findings)
     largest = int(runs.flops.argmax())
@@ -113,7 +115,7 @@ def about(runs: Runs) -> dict[str, Any]:
     }
     return {
         "rows_read": runs.read, "rows_used": len(runs), "dropped": runs.dropped, "runs": int(runs.cluster.max()) + 1,
-        "clustered": runs.clustered, "flops_per": runs.flops_per, "ranges": ranges,
+        "clustered": runs.clustered, "cost": list(runs.cost), "ranges": ranges,
     }  # fmt: skip
 
 

@@ -130,10 +130,12 @@ def _flops(runs: Runs) -> list[Finding]:
     spread = float(ratio.max() / ratio.min() - 1)
     if spread <= 0.01:
         return []
+    cost = runs.cost
+    taken = f"{cost.base:.3g} {cost.extra:+.3g} N^-{cost.power:.3g}" if cost.extra else f"{cost.base:.3g}"
     text = (
-        f"FLOPs / (N D) goes from {ratio.min():.3g} to {ratio.max():.3g}; plans take "
-        f"{runs.flops_per:.3g}, the median of the "
-        "larger half. Where N leaves out embeddings or attention is counted, small models cost more than 6 N D"
+        f"FLOPs / (N D) goes from {ratio.min():.3g} to {ratio.max():.3g}; plans take {taken} (off by {cost.off:.1%} at "
+        "most), and a and b are for C proportional to N D. Where N leaves out embeddings or attention is counted, small "
+        "models cost more than 6 N D"
     )
     return [Finding("FLOPs per N D", spread, 0.01, text)]
 

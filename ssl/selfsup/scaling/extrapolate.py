@@ -30,11 +30,14 @@ BASELINE = "log loss linear in log N and log D (a power law without an irreducib
 
 
 def held_out_runs(runs: Runs) -> Bool[np.ndarray, " n"]:
-    """The runs of the largest budget, or without budgets the largest fifth by compute."""
+    """The runs of the largest budget, or without budgets the largest fifth by compute; whole runs (clusters) always:
+    a checkpoint that stays in the fit knows the rest of its run."""
     if runs.budget is not None and len(np.unique(runs.budget)) >= 3:
-        return runs.budget == runs.budget.max()
-    cut = np.quantile(runs.flops, 1 - HELD_OUT)
-    return runs.flops > cut if (runs.flops > cut).any() else runs.flops >= cut
+        return np.isin(runs.cluster, runs.cluster[runs.budget == runs.budget.max()])
+    end = np.zeros(int(runs.cluster.max()) + 1)
+    np.maximum.at(end, runs.cluster, runs.flops)
+    cut = np.quantile(end, 1 - HELD_OUT)
+    return (end > cut if (end > cut).any() else end >= cut)[runs.cluster]
 
 
 def extrapolation(

@@ -8,6 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from selfsup.scaling.cost import Cost
 from selfsup.scaling.isoflop import frontier
 from selfsup.scaling.optimum import optimum
 from selfsup.scaling.result import Result, loss_at
@@ -51,10 +52,10 @@ def _colours(values: np.ndarray) -> np.ndarray:
 def _along_optimum(result: Result, part: str, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The optimal `part` (params or loss) at each compute, and its 95% band, (k, 2), of the draws that
     have one; nan where none is finite."""
-    per, line, band = result.about["flops_per"], [], []
+    cost, line, band = Cost(*result.about["cost"]), [], []
     for flops in grid:
-        line.append(float(getattr(optimum(result.form, result.coefficients, flops, per), part)))
-        drawn = getattr(optimum(result.form, result.values(), flops, per), part)
+        line.append(float(getattr(optimum(result.form, result.coefficients, flops, cost), part)))
+        drawn = getattr(optimum(result.form, result.values(), flops, cost), part)
         drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
         band.append(np.quantile(drawn, _BAND) if len(drawn) else [np.nan, np.nan])
     found = np.array(line)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from selfsup.scaling.bootstrap import interval
-from selfsup.scaling.optimum import Plan, limited_optimum, optimum, price
+from selfsup.scaling.cost import CONSTANT, Cost
+from selfsup.scaling.optimum import Plan, growth_of_size, limited_optimum, optimum, price
 from selfsup.scaling.repeats import PUBLISHED_DECAY
 from selfsup.scaling.result import Result, loss_at
 from selfsup.scaling.rules import PUBLISHED
@@ -45,10 +46,10 @@ def predict_plan(
         )  # fmt: skip
     if not (np.isfinite(flops) and flops > 0):
         raise ValueError(f"--flops: expected a positive number, got {flops:g}")
-    notes, per = _reach(result, flops), result.about["flops_per"]
-    plan: Callable[[Any], Plan] = lambda values: optimum(result.form, values, flops, per)  # noqa: E731
+    notes, cost = _reach(result, flops), Cost(*result.about["cost"])
+    plan: Callable[[Any], Plan] = lambda values: optimum(result.form, values, flops, cost)  # noqa: E731
     if unique is not None:
-        plan = _limited(result, flops, unique, notes)
+        plan = _limited(result, flops, cost, unique, notes)
     elif result.form == "repeats":
         notes.append("data are taken to be fresh; --unique-samples U says how many there are")
     best, drawn = plan(result.coefficients), plan(result.values())
@@ -59,14 +60,18 @@ def predict_plan(
     prices = {}
     if result.form in ("chinchilla", "tied", "kaplan") and unique is None:
         for factor in FACTORS:
-            above, wasted = price(result.form, result.coefficients, flops, per, factor)
-            prices[f"{factor:g}"] = [float(above), float(wasted)]
+            above, wasted = price(result.form, result.coefficients, flops, cost, factor)
+            prices[f"{factor:g}"] = [above, wasted]
     n, d = float(best.params), float(best.samples)
+    if result.form != "isoflop":
+        notes += _cost_notes(result, flops, cost, n)
     rules = {name: list(rule(n, d)) for name, rule in PUBLISHED.items()}
     return Prediction(flops, level, values, prices, rules, notes)
 
 
-def _limited(result: Result, flops: float, unique: float, notes: list[str]) -> Callable[[Any], Plan]:
+def _limited(
+    result: Result, flops: float, cost: Cost, unique: float, notes: list[str]
+) -> Callable[[Any], Plan]:  # fmt: skip
     """Plans with `unique` samples at most; half-lives from the fit if it has them, else published ones."""
     if not unique > 0:
         raise ValueError(f"--unique-samples: expected a positive number, got {unique:g}")
@@ -75,9 +80,7 @@ def _limited(result: Result, flops: float, unique: float, notes: list[str]) -> C
             f"--unique-samples: needs a fit of form chinchilla, tied or repeats, got {result.form}"
         )
     own = result.form == "repeats"
-    enough = unique >= float(
-        optimum("chinchilla", result.coefficients, flops, result.about["flops_per"]).samples
-    )
+    enough = unique >= float(optimum("chinchilla", result.coefficients, flops, cost).samples)
     if not own and not enough:
         notes.append(
             "repeats are valued as published for language models (R_D = "
@@ -87,7 +90,7 @@ def _limited(result: Result, flops: float, unique: float, notes: list[str]) -> C
 
     def plan(values: Any) -> Plan:
         decay = (values["R_D"], values["R_N"]) if own else PUBLISHED_DECAY
-        return limited_optimum(values, decay, flops, result.about["flops_per"], unique)
+        return limited_optimum(values, decay, flops, cost, unique)
 
     return plan
 
@@ -105,7 +108,7 @@ def predict_run(
             "a fit of form repeats needs --unique-samples U, the distinct samples among --samples"
         )
     at = {"params": params, "samples": samples} | ({"unique": unique} if result.form == "repeats" else {})
-    flops = result.about["flops_per"] * params * samples
+    flops = float(Cost(*result.about["cost"]).per(params)) * params * samples
     notes = _reach(result, flops)
     if unique is not None and result.form != "repeats" and samples > unique:
         notes.append(
@@ -156,6 +159,28 @@ def _reach(result: Result, flops: float) -> list[str]:
         notes.append(f"{flops / high:.3g} times the compute of the largest run of the table{guess}")
     elif flops < low:
         notes.append(f"{low / flops:.3g} times less compute than the smallest run of the table")
+    return notes
+
+
+def _cost_notes(result: Result, flops: float, cost: Cost, params: float) -> list[str]:
+    """Where C is not proportional to N D: what was taken, how well it fits, and whether it still drifts at the plan."""
+    notes = []
+    if cost.extra:
+        form = "chinchilla" if result.form == "repeats" else result.form
+        slope = growth_of_size(form, result.coefficients, flops / 1.01, flops, cost)
+        notes.append(
+            f"C / (N D) = {float(cost.per(params)):.4g} at this N, by {cost.base:.4g} {cost.extra:+.4g} "
+            f"N^-{cost.power:.3g} through the table (off by {cost.off:.1%} at most): here N grows as "
+            f"C^{slope:.3f} (a is for C proportional to N D)"
+        )
+    low, high = result.about["ranges"]["params"]
+    drift = abs(float(cost.per(params) / cost.per(np.clip(params, low, high))) - 1)
+    if drift > CONSTANT:
+        notes.append(
+            f"C / (N D) is extrapolated: at this N it is {drift:.1%} from that of the table's nearest size"
+        )
+    if cost.off > CONSTANT and not cost.extra:
+        notes.append(f"C / (N D) is taken as {cost.base:.4g}, off by {cost.off:.1%} in some row of the table")
     return notes
 
 

@@ -124,8 +124,8 @@ def _facts(about: dict[str, Any]) -> list[tuple[str, ...]]:
         (f"left out: {reason}", str(count)) for reason, count in about["dropped"].items()
     ]
     rows += [(name, f"{low:.4g} to {high:.4g}") for name, (low, high) in about["ranges"].items()]
+    rows.append(("FLOPs per N D", "{:.6g} {:+.6g} N^-{:.3g}".format(*about["cost"])))
     named = (
-        "flops_per",
         "delta",
         "resamples",
         "unconverged",

@@ -10,6 +10,7 @@ import numpy as np
 
 from selfsup.durable import write_atomically
 from selfsup.scaling import law
+from selfsup.scaling.cost import Cost
 from selfsup.scaling.finding import Finding, as_json
 from selfsup.scaling.fit import exponents, predict
 
@@ -107,6 +108,7 @@ def read_result(path: Path) -> Result:
 
 def _verify(result: Result, path: Path) -> None:
     anchor, values = result.anchor, result.coefficients
+    Cost(*result.about["cost"])
     found = loss_at(result.form, values, **{key: anchor[key] for key in anchor if key != "loss"})
     if not abs(found / anchor["loss"] - 1) < 1e-6:
         raise ValueError(

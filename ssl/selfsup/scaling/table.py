@@ -4,11 +4,8 @@ A run is one row or, with a cluster column, several (checkpoints of one training
 resampled together.
 """
 
-import csv
 import difflib
 import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,15 +13,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from selfsup.scaling.cells import number, read_cells, refuse_decimal_commas
+from selfsup.scaling.cost import CONSTANT, Cost, fit_cost
+
 FLOPS_PER = 6.0
 """FLOPs per parameter and sample where the table does not say: 2 forward, 4 backward."""
-
-_SUFFIX = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-_MISSING = {"", "na", "n/a", "nan", "none", "null", "-", "--", "?"}
-_NUMBER = re.compile(
-    r"([+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE
-)
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,8 @@ class Columns:
 
 @dataclass(frozen=True)
 class Runs:
-    """n usable rows. `flops_per` is C / (N D): 6 where only one of samples and FLOPs was given, else the median
-    over the larger half of the compute. `line` is the row's line in the file."""
+    """n usable rows. `cost` says what C / (N D) is: 6 where only one of samples and FLOPs was given, else measured.
+    `line` is the row's line in the file."""
 
     params: Float[np.ndarray, " n"]
     samples: Float[np.ndarray, " n"]
@@ -62,7 +55,7 @@ class Runs:
     loss: Float[np.ndarray, " n"]
     cluster: Int[np.ndarray, " n"]
     line: Int[np.ndarray, " n"]
-    flops_per: float = FLOPS_PER
+    cost: Cost = Cost(FLOPS_PER)
     budget: Float[np.ndarray, " n"] | None = None
     unique: Float[np.ndarray, " n"] | None = None
     lr: Float[np.ndarray, " n"] | None = None
@@ -105,22 +98,6 @@ def runs_of(
     )  # fmt: skip
 
 
-def number(text: str) -> float:
-    """A cell as a number: 1.5e9, 1,500,000, 125M, 1.4B, 2T; nan where it is missing or no number.
-
-    Infinity stays infinite."""
-    text = text.strip().strip("$%").strip()
-    if text.lower() in _MISSING:
-        return math.nan
-    found = _NUMBER.fullmatch(text)
-    if found is None:
-        try:
-            return float(text)  # inf
-        except ValueError:
-            return math.nan
-    return float(found[1].replace(",", "").replace("_", "")) * _SUFFIX.get(found[2].lower(), 1.0)
-
-
 def read_table(
     path: Path, columns: Columns, where: Sequence[str] = (), flops_per: float | None = None
 ) -> Runs:
@@ -134,7 +111,7 @@ def read_table(
     """
     if columns.samples is None and columns.flops is None and columns.params is not None:
         raise ValueError("give --samples COL (tokens or images) or --flops COL, or both: neither was given")
-    header, rows = _read(path)
+    header, rows = read_cells(path)
     for item in fields(columns):
         _require(path, header, getattr(columns, item.name), f"--{item.name.replace('_', '-')}")
     kept, dropped = _meet(path, header, rows, where)
@@ -176,39 +153,27 @@ def _complete(
         samples = flops / (per * params)
     elif flops is None:
         flops = per * params * samples
-    elif flops_per is None:
-        ratio = flops / (params * samples)
-        per = float(np.median(ratio[flops >= np.median(flops)]))
+    cost = Cost(float(per))
+    if measured:
+        cost = _measured(params, samples, flops, flops_per)
     return Runs(
-        params, samples, flops, cells.pop("loss"), cluster, lines, float(per), **cells,
+        params, samples, flops, cells.pop("loss"), cluster, lines, cost, **cells,
         clustered=columns.cluster is not None, measured_flops=measured, read=read, dropped=dropped,
     )  # fmt: skip
 
 
-def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and (line, cells) of every row that is not empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
-        raise ValueError(f"{path}: cannot read the table: {reason}") from None
-    first = text.partition("\n")[0]
-    delimiter = max(",\t;", key=first.count)
-    reader = csv.reader(text.splitlines(), delimiter=delimiter)
-    found = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    if len(found) < 2:
-        raise ValueError(f"{path}: expected a header and rows, got {len(found)} lines")
-    header = [name.strip() for name in found[0][1]]
-    twice = [name for name, count in Counter(header).items() if count > 1 and name]
-    if twice:
-        raise ValueError(f"{path}: the column {twice[0]!r} is there twice; give the columns different names")
-    for line, row in found[1:]:
-        if len(row) != len(header):
-            raise ValueError(f"{path}, line {line}: {len(row)} cells, the header has {len(header)}")
-        comma = [cell for cell in row if delimiter == ";" and _DECIMAL_COMMA.fullmatch(cell.strip())]
-        if comma:
-            raise ValueError(f"{path}, line {line}: {comma[0].strip()}: write decimal points, not commas")
-    return header, found[1:]
+def _measured(
+    params: np.ndarray, samples: np.ndarray, flops: np.ndarray, flops_per: float | None
+) -> Cost:  # fmt: skip
+    """The cost where the table gives C, N and D. Raises ValueError where --flops-per says something else."""
+    ratio = flops / (params * samples)
+    middle = float(np.median(ratio[flops >= np.median(flops)]))
+    if flops_per is not None and abs(flops_per / middle - 1) > CONSTANT:
+        raise ValueError(
+            f"--flops-per {flops_per:g}: the table's own C / (N D) is {middle:.4g} (median over the larger half of the "
+            "compute); leave out --flops-per, or one of --flops and --samples"
+        )
+    return fit_cost(params, samples, flops, middle)
 
 
 def _require(path: Path, header: list[str], name: str | None, flag: str) -> None:
@@ -251,6 +216,7 @@ def _column(
     path: Path, header: list[str], rows: list[tuple[int, list[str]]], name: str, field_name: str
 ) -> np.ndarray:
     place = header.index(name)
+    refuse_decimal_commas(path, [(line, row[place].strip().strip("$%").strip()) for line, row in rows], name, field_name)
     values = np.array([number(row[place]) for _, row in rows])
     if len(values) and np.isnan(values).all():
         shown = ", ".join(repr(row[place]) for _, row in rows[:3])
