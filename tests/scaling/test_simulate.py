@@ -6,6 +6,7 @@ from scipy.optimize import least_squares
 
 from scaling_tables import TRUTH, isoflop_design
 from selfsup.scaling import law
+from selfsup.scaling.cost import Cost
 from selfsup.scaling.fit import exponents
 from selfsup.scaling.optimum import optimum
 from selfsup.scaling.simulate import Design, judge, laws_of, linear_sd, propose, simulate
@@ -39,7 +40,7 @@ def test_what_is_expected_is_what_sweeps_give():
     assert expected.failed == 0
     clean = np.log(law.chinchilla(**TRUTH, params=GRID.params, samples=GRID.samples))
     draw = np.random.default_rng(77)
-    at = optimum("chinchilla", TRUTH, TARGET, 6.0)
+    at = optimum("chinchilla", TRUTH, TARGET, Cost(6.0))
     within_a = within_loss = 0
     for _ in range(200):
         values = by_scipy(clean + NOISE * draw.standard_normal(len(clean)))

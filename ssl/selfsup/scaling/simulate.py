@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from selfsup.scaling import law
 from selfsup.scaling.check import LOOSE, LOOSE_REFUSED
+from selfsup.scaling.cost import Cost
 from selfsup.scaling.design import check_design
 from selfsup.scaling.finding import Finding
 from selfsup.scaling.fit import exponents, fit, problem
@@ -33,9 +34,9 @@ class Design(NamedTuple):
     cluster: Int[np.ndarray, " n"]
 
     @property
-    def flops_per(self) -> float:
-        """C / (N D): the median over the larger half of the compute, as the fitter takes it."""
-        return float(np.median((self.flops / self.params / self.samples)[self.flops >= np.median(self.flops)]))
+    def cost(self) -> Cost:
+        """C / (N D), as one number: the median over the larger half of the compute."""
+        return Cost(float(np.median((self.flops / self.params / self.samples)[self.flops >= np.median(self.flops)])))
 
 
 class Expected(NamedTuple):
@@ -84,13 +85,13 @@ def simulate(
     task = problem("chinchilla", runs_of_design(design, prior))
     found = fit(task, clean + noise * mixed, np.ones((1, len(design.params))), keep=3)
     values = task.coefficients(found.solved.theta)
-    truth, at = exponents("chinchilla", laws)[0], optimum("chinchilla", laws, target, design.flops_per)
+    truth, at = exponents("chinchilla", laws)[0], optimum("chinchilla", laws, target, design.cost)
     fitted = law.chinchilla(**values, params=at.params, samples=at.samples)
     errors = np.stack([exponents("chinchilla", values)[0] - truth, np.log(fitted / at.loss)])
     errors = np.nan_to_num(errors, nan=np.inf)
     centre = {name: np.array([float(prior[name])]) for name in law.CHINCHILLA}
     a = float(exponents("chinchilla", centre)[0][0])
-    best = optimum("chinchilla", centre, target, design.flops_per)
+    best = optimum("chinchilla", centre, target, design.cost)
     loss = float(best.loss[0])
     ends = np.quantile(errors, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=1)
     return Expected(
@@ -110,7 +111,7 @@ def runs_of_design(
                           samples=design.samples)  # fmt: skip
     return Runs(
         design.params, design.samples, design.flops, loss, design.cluster, np.arange(n, dtype=np.int64),
-        design.flops_per, budget=budget, steps=steps, clustered=bool(design.cluster.max() + 1 < n), read=n,
+        design.cost, budget=budget, steps=steps, clustered=bool(design.cluster.max() + 1 < n), read=n,
     )  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def gradient(values: Mapping[str, float], params: np.ndarray, samples: np.ndarra
 
 def linear_sd(design: Design, prior: Mapping[str, float], noise: float, target: float) -> float:
     """Standard deviation of the predicted log loss at the target, by the law's gradient: least squares' own."""
-    at = optimum("chinchilla", prior, target, design.flops_per)
+    at = optimum("chinchilla", prior, target, design.cost)
     g = gradient(prior, np.atleast_1d(at.params), np.atleast_1d(at.samples))[0]
     rows = gradient(prior, design.params, design.samples)
     return noise * float(np.sqrt(g @ np.linalg.pinv(rows.T @ rows, rcond=1e-13) @ g))
@@ -183,7 +184,7 @@ def propose(
     target: float, count: int,
 ) -> list[Proposal]:  # fmt: skip
     """The next best cells: each time the candidate that lowers the target's variance most an hour."""
-    at = optimum("chinchilla", prior, target, design.flops_per)
+    at = optimum("chinchilla", prior, target, design.cost)
     g = gradient(prior, np.atleast_1d(at.params), np.atleast_1d(at.samples))[0]
     rows = gradient(prior, design.params, design.samples)
     new = gradient(prior, candidates.params, candidates.samples)

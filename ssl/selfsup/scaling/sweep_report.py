@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from selfsup.scaling.cost import Cost
 from selfsup.scaling.predict import predict_run
 from selfsup.scaling.report import html_table
 from selfsup.scaling.result import Result
@@ -78,8 +79,8 @@ def _expected(result: Result, plan: dict[str, Any]) -> Rows:
     found = result.intervals.get("a")
     rows: Rows = [("", "the design expected", "the fit found", "width, of the expected")]
     rows.append(("exponent a", f"{low:.3f} to {high:.3f}", _ends(found, ".3f"), _share(found, high - low)))
-    per = result.about["flops_per"]
     params = float(expected["params"])
+    per = float(Cost(*result.about["cost"]).per(params))
     at = predict_run(result, params, expected["target"] / per / params).values["loss"]
     low, high = expected["loss_interval"]
     name = f"loss at {expected['target']:.3g} FLOPs, N = {params:.3g}"
