@@ -130,7 +130,9 @@ def test_one_pickle_is_written():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+    "path",
+    [p for p in sorted((ROOT / "configs").rglob("*.yaml")) if p.parent.name != "sweeps"],  # of recipes, no recipes
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
 def test_configs_build_on_the_meta_device(path):
     text = path.read_text()
