@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ranks import on_ranks
-from selfsup import cost, dist, energy
+from selfsup import cost, energy
 from selfsup.cost import CostMeter, Part, total
 from selfsup.energy import open_nvml, open_rapl
 

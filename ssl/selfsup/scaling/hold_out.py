@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from selfsup.scaling.extrapolate import Extrapolation, held_out_runs
+from selfsup.scaling.extrapolate import Extrapolation
 from selfsup.scaling.fit import Fitted, Problem, fit
 from selfsup.scaling.table import Runs
 
@@ -32,8 +32,3 @@ def errors_on(
 def held_out_json(found: Extrapolation | None, baseline: str) -> dict[str, Any] | None:
     """For the file."""
     return None if found is None else {**found._asdict(), "error_of": "loss", "baseline": baseline}
-
-
-def whole_runs(runs: Runs) -> Bool[np.ndarray, " n"]:
-    """The rows to hold out: of every run that has one among the largest. No run is on both sides."""
-    return np.isin(runs.cluster, runs.cluster[held_out_runs(runs)])

@@ -9,10 +9,10 @@ from selfsup.scaling.analyse import LEVEL, about, residual_spread, rows_json
 from selfsup.scaling.bootstrap import bootstrap, intervals, resample_weights, too_few_clusters
 from selfsup.scaling.check import check_convergence, check_draws, check_extrapolation, check_repeats
 from selfsup.scaling.design import check_design
-from selfsup.scaling.extrapolate import Extrapolation
+from selfsup.scaling.extrapolate import Extrapolation, held_out_runs
 from selfsup.scaling.finding import Finding, split
 from selfsup.scaling.fit import Fitted, Problem, exponents, inner_law
-from selfsup.scaling.hold_out import errors_on, fit_one, held_out_json, whole_runs
+from selfsup.scaling.hold_out import errors_on, fit_one, held_out_json
 from selfsup.scaling.profile import Profile, valley
 from selfsup.scaling.repeats import (
     FRESH,
@@ -167,7 +167,7 @@ def _open(found: dict[str, Any]) -> dict[str, list[float | None]]:
 
 def _repeats_held_out(runs: Runs, base: Result | None, delta: float) -> Extrapolation | None:
     """Base law and half-lives (or half-lives over a given base) without the largest runs, which they then predict."""
-    largest = whole_runs(runs)
+    largest = held_out_runs(runs)
     fitted, target = runs.take(~largest), runs.take(largest)
     if len(fitted) < (8 if base is None else 3):
         return None

@@ -12,7 +12,8 @@ from selfsup.scaling.check import check_convergence, check_draws, check_extrapol
 from selfsup.scaling.check_isoflop import check_isoflop
 from selfsup.scaling.design import check_design
 from selfsup.scaling.finding import Finding, split
-from selfsup.scaling.hold_out import errors_on, fit_one, held_out_json, whole_runs
+from selfsup.scaling.extrapolate import held_out_runs
+from selfsup.scaling.hold_out import errors_on, fit_one, held_out_json
 from selfsup.scaling.isoflop import isoflop, power_law
 from selfsup.scaling.result import Result, findings_json
 from selfsup.scaling.solve import DELTA
@@ -44,7 +45,7 @@ def analyse_broken(
             text = f"the break lies between {low:.3g} and {high:.3g} (95%): it is not identified"
             findings.append(Finding("unidentified break", high / low, 100, text))
     outside = None
-    largest = whole_runs(runs)
+    largest = held_out_runs(runs)
     fitted, target = runs.take(~largest), runs.take(largest)
     if largest.any() and len(np.unique(fitted.samples)) >= MIN_RUNS:
         less, _ = fit_one(broken_problem(fitted), fitted, delta, keep=32)

@@ -5,7 +5,6 @@ resampled together.
 """
 
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
