@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,6 +18,7 @@ import torch
 import yaml
 
 from running import final_state, make_shards
+from scaling_sweeps import Here
 from scaling_tables import ROOT
 from selfsup.config import validate
 from selfsup.recipe import Recipe
@@ -28,25 +28,6 @@ from selfsup.scaling.plan import Plan, make_plan, write_plan
 from selfsup.scaling.sweep import make_executor, open_sweep, run_sweep
 from selfsup.scaling.sweep_config import HeldOut
 from text_runs import make_token_shards, tokenizer
-
-
-class Here:
-    """An executor that runs a cell at once, in this process; `breaks` fails it instead, by its name."""
-
-    def __init__(self, breaks=()):
-        self.breaks, self.ran = dict.fromkeys(breaks, 0), []
-
-    def submit(self, function, *arguments):
-        sweep, name = arguments
-        self.ran.append(name)
-        if name in self.breaks:
-            self.breaks[name] += 1
-        else:
-            try:
-                function(sweep, name)
-            except Exception as error:  # as in a process of its own: told by the files alone
-                print(f"cell {name}: {error}")
-        return SimpleNamespace(done=lambda: True, paths=SimpleNamespace(stderr=Path("log.err")))
 
 
 @pytest.fixture(scope="module")

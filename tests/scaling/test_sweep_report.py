@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import replace
+from html import escape
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from selfsup.scaling import law
 from selfsup.scaling.plan import make_plan
 from selfsup.scaling.result import read_result
 from selfsup.scaling.sweep import fit_command, open_sweep, table
-from selfsup.scaling.sweep_report import lines, summarise
+from selfsup.scaling.sweep_report import lines, sections, summarise, unidentified
 
 TRUTH = {"E": 1.0, "A": 60.0, "B": 300.0, "alpha": 0.4, "beta": 0.4}
 
@@ -22,7 +24,7 @@ TRUTH = {"E": 1.0, "A": 60.0, "B": 300.0, "alpha": 0.4, "beta": 0.4}
 @pytest.fixture
 def sweep(tmp_path):
     """A sweep whose cells have the losses of a law, one diverged, one failed, one held-out run 3% off."""
-    plan = make_plan(written(tmp_path), None, 1e9)
+    plan = replace(make_plan(written(tmp_path), None, 1e9), command="selfsup scaling plan 'my sweep.yaml'")
     folder = tmp_path / "sweep"
     lock, states = open_sweep(plan, folder)
     lock.close()
@@ -73,7 +75,30 @@ def test_the_page_says_it_all(sweep, tmp_path, monkeypatch, capsys):
     for text in (f"{low:.3f} to {high:.3f}", *lost, "It foretold 2 held-out runs"):
         assert text in page and text in said
     assert "&lt;nan&gt;" in page and "<nan>" not in page
-    assert "selfsup scaling" in page and "\n".join(lines(summary)) in said
+    # Every cell without a loss with its state and its reason; the design's interval beside the one that was found.
+    for name, state, reason in zip(lost, ("diverged", "failed"), ("held-out loss &lt;nan&gt;", "its process ended")):
+        row = next(row for row in page.split("<tr>") if f"<td>{name}</td>" in row)
+        assert f"<td>{state}</td>" in row and reason in row
+    found = result.intervals["a"]
+    assert f"<td>{low:.3f} to {high:.3f}</td><td>{found[0]:.3f} to {found[1]:.3f}</td>" in page
+    # The commands: of the plan, of the fit, of the page itself.
+    assert plan.command and escape(plan.command) in page and escape(result.about["command"]) in page
+    assert f"selfsup scaling report --fit {folder / 'fit.json'}" in page
+    assert "\n".join(lines(summary)) in said
+
+
+def test_what_is_not_identified_stands_in_the_page(sweep, tmp_path, monkeypatch):
+    plan, folder, _ = sweep
+    result = fit(plan, folder, monkeypatch)
+    assert any(text.startswith("few runs: 10 runs") for text in unidentified(result))
+    bare = replace(result, warnings=[], refused=[])
+    assert unidentified(bare) == []
+    free = replace(bare, intervals={**bare.intervals, "E": [0.1, None, 0.95]})
+    assert unidentified(free) == ["E: its interval has no upper end"]
+    finding = {"check": "one ratio", "value": 1.5, "limit": 2, "text": "D/N <lies> within 1.5"}
+    page = "".join(sections(summarise(replace(bare, refused=[finding]), folder)))
+    assert "<h3>Not identified</h3><ul><li>one ratio: D/N &lt;lies&gt; within 1.5</li></ul>" in page
+    assert "nothing that is checked" in "".join(sections(summarise(bare, folder)))
 
 
 def test_expected_and_found_are_of_one_size(sweep, monkeypatch):

@@ -4,6 +4,7 @@ import math
 import shlex
 import sys
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -273,7 +274,8 @@ def main_report(
 
     result = read_result(fit)
     parts = [] if sweep is None else [summarise(result, sweep)]
-    for path in write_report(result, out, [section for part in parts for section in sections(part)]):
+    made = f"<p>This page:</p><pre>selfsup scaling report {escape(shlex.join(sys.argv[3:]))}</pre>"
+    for path in write_report(result, out, [made, *(section for part in parts for section in sections(part))]):
         print(path)
     for line in [line for part in parts for line in lines(part)]:
         print(line)

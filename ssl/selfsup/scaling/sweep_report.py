@@ -15,6 +15,12 @@ from selfsup.scaling.report import html_table
 from selfsup.scaling.result import Result
 
 Rows = list[tuple[str, ...]]
+UNIDENTIFIED = (
+    "few runs", "few sizes", "few amounts of data", "few clusters", "few budgets", "one ratio", "narrow ratio",
+    "minimum on the edge", "approaches", "loose exponent", "loose E", "E at zero", "E above the losses",
+    "exponent at bound", "odd exponent", "no dependence", "condition", "no extrapolation", "seed noise",
+)  # fmt: skip
+"""Checks that say what the runs leave open; the others doubt the runs themselves, or the way from runs to law."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Summary:
     expected: Rows
     held_out: Rows
     without_loss: Rows
+    unidentified: list[str]
     verdict: str
 
 
@@ -61,8 +68,21 @@ def summarise(result: Result, folder: Path) -> Summary:
         )
     return Summary(
         plan["command"], ", ".join(f"{count} {state}" for state, count in counts.items()),
-        _expected(result, plan), held, lost, verdict,
+        _expected(result, plan), held, lost, unidentified(result), verdict,
     )  # fmt: skip
+
+
+def unidentified(result: Result) -> list[str]:
+    """What the fit's runs leave open: a sentence each, what refuses it first, then unbounded coefficients."""
+    said = [f"{found['check']}: {found['text']}" for found in [*result.refused, *result.warnings]
+            if found["check"] in UNIDENTIFIED]  # fmt: skip
+    for name in (*result.coefficients, *result.exponents):
+        ends = result.intervals.get(name)
+        if ends is None:
+            said.append(f"{name}: has no interval")
+        elif ends[0] is None or ends[1] is None:
+            said.append(f"{name}: its interval has no {'lower' if ends[0] is None else 'upper'} end")
+    return said
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
@@ -128,6 +148,8 @@ def sections(summary: Summary) -> list[str]:
     ]
     if len(summary.held_out) > 1:
         parts.append(html_table(summary.held_out))
+    gaps = "".join(f"<li>{escape(text)}</li>" for text in summary.unidentified) or "<li>nothing that is checked</li>"
+    parts.append(f"<h3>Not identified</h3><ul>{gaps}</ul>")
     if len(summary.without_loss) > 1:
         parts.append(f"<h3>Cells without a loss</h3>{html_table(summary.without_loss)}")
     return parts
@@ -140,4 +162,5 @@ def lines(summary: Summary) -> list[str]:
         if len(rows) > 1:
             widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
             found += ["", *("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)]
-    return [*found, "", summary.verdict]
+    left = [f"  - {text}" for text in summary.unidentified] or ["  nothing that is checked"]
+    return [*found, "", "not identified:", *left, "", summary.verdict]
