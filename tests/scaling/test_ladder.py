@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from selfsup.batch import ImageBatch
 from selfsup.config import validate
+from selfsup.data.views import ViewBatch
 from selfsup.recipe import Recipe
 from selfsup.scaling import law
 from selfsup.scaling.grid import make_cells
@@ -24,8 +25,8 @@ LADDER = LadderConfig(widths=(16, 32, 64, 96), depths=(2, 2, 3, 4), head_dim=16)
 def recipe(name, **optim):
     text = name in ("clm", "mlm")
     data = {"shards": "nowhere"}
-    if name == "simclr":
-        data["views"] = "simclr-32"
+    if name in ("simclr", "byol"):
+        data["views"] = {"simclr": "simclr-32", "byol": "byol"}[name]
     content = {
         "objective": MAE if name == "mae" else {"name": name},
         "encoder": {**TEXT, "causal": name == "clm"} if text else VIT,
@@ -52,11 +53,14 @@ def batch_for(made):
         tokens = torch.randint(5, encoder.vocab_size, (1, length + 1))
         plain = masked([length], length, encoder.vocab_size)
         return plain._replace(tokens=tokens[:, :-1], labels=tokens[:, 1:].flatten(), where=None)
-    zero = torch.zeros(1, dtype=torch.int64)
-    return ImageBatch(torch.randn(1, 3, encoder.img_size, encoder.img_size), 0, zero, zero, zero)
+    zero = torch.zeros(made.objective.views, dtype=torch.int64)  # two images: a batch norm takes no fewer
+    images = torch.randn(len(zero), 3, encoder.img_size, encoder.img_size)
+    if made.objective.views == 2:
+        return ViewBatch((images, images.flip(3)), 0, zero, zero, zero)
+    return ImageBatch(images, 0, zero, zero, zero)
 
 
-@pytest.mark.parametrize("name", ["clm", "mlm", "mae"])
+@pytest.mark.parametrize("name", ["clm", "mlm", "mae", "simclr", "byol"])
 def test_flops_of_every_size_equal_torchs_counter(name):
     base = recipe(name)
     if name == "mlm":  # a whole number of targets: the closed form has the mean
@@ -67,8 +71,12 @@ def test_flops_of_every_size_equal_torchs_counter(name):
         })  # fmt: skip
         objective = made.objective.build(made.encoder)
         with FlopCounterMode(display=False) as counter:
-            objective(batch_for(made), 1.0).loss.backward()
-        assert size.account.counted == pytest.approx(counter.get_total_flops(), rel=1e-6), size.name
+            objective(batch := batch_for(made), 1.0).loss.backward()
+        images = len(batch.views[0]) if isinstance(batch, ViewBatch) else 1
+        found = counter.get_total_flops()
+        if name == "simclr":  # similarities of all pairs of a batch are of no one image
+            found -= 6 * (2 * images) ** 2 * made.objective.out_dim
+        assert size.account.counted == pytest.approx(found / images, rel=1e-6), size.name
 
 
 def test_parameters_equal_transformers():
@@ -110,6 +118,13 @@ def test_flops_by_parameters():
     clm = account(recipe("clm"))
     assert clm.parameters == 6 * clm.matrices * 16 and clm.unit == 16
     assert account(recipe("simclr")).parameters == 12 * encoder * 16
+    assert account(recipe("byol")).parameters == 16 * encoder * 16
+    with torch.device("meta"):
+        byol = recipe("byol").objective.build(recipe("byol").encoder)
+    once = sum(p.numel() for p in byol.parameters() if p.requires_grad)  # the target is trained by nobody
+    assert account(recipe("byol")).all == once == sum(
+        p.numel() for part in (byol.encoder, byol.projector, byol.predictor) for p in part.parameters() if p.requires_grad
+    )  # fmt: skip
 
 
 def test_the_stock_decoder_is_scaled_along():
@@ -201,6 +216,12 @@ def test_names_are_of_the_content():
     moved = sweep(grid, **floors, held_out={"shards": "elsewhere"})
     assert names == again and not set(names) & {c.id for c in other}
     assert not set(names) & {c.id for c in make_cells(recipe("clm"), moved, Prior().model_dump()).cells}
+    # What y depends on, of each objective its own: a temperature renames cells of simclr only.
+    warmer = sweep(grid, **floors, held_out={"shards": "nowhere", "temperature": 0.2, "neighbour_samples": 500})
+    same = {name: [{c.id for c in make_cells(recipe(name), config, Prior().model_dump()).cells}
+                   for config in (sweep(grid, **floors), warmer)] for name in ("clm", "simclr", "byol")}  # fmt: skip
+    assert same["clm"][0] == same["clm"][1] == set(names)
+    assert not same["simclr"][0] & same["simclr"][1] and not same["byol"][0] & same["byol"][1]
 
 
 def test_nearest_divisor_and_faults():

@@ -10,8 +10,9 @@ from scaling_sweeps import BASE, SWEEP, written
 from selfsup import cli
 from selfsup.scaling import law
 from selfsup.scaling.analyse import analyse
-from selfsup.scaling.plan import make_plan, read_plan
+from selfsup.scaling.plan import design_of, fitted, make_plan, read_plan
 from selfsup.scaling.result import write_result
+from selfsup.scaling.simulate import linear_sd
 from selfsup.scaling.table import runs_of
 from selfsup.scaling.timing import STEPS, timed
 
@@ -37,6 +38,40 @@ def test_a_plan_is_printed_and_written(tmp_path, monkeypatch, capsys):
     have = {(cell["size"], round(np.log(cell["flops"]), 1)) for cell in plan.cells if cell["role"] == "grid"}
     assert len(plan.proposals) == 3
     assert not have & {(p["size"], round(np.log(p["flops"]), 1)) for p in plan.proposals}
+    shown_and_worth_it(plan, said)
+
+
+def shown_and_worth_it(plan, said):
+    """Each proposal is printed, costs its FLOPs at the speed that was given, and lowers what the one before left."""
+    lines = [line for line in said.splitlines() if line.startswith("  next best: ")]
+    assert len(lines) == len(plan.proposals) == 3
+    for line, p in zip(lines, plan.proposals):
+        assert p["size"] in line and f"{p['flops']:.3g} FLOPs" in line and f"becomes {p['sd']:.2%}" in line
+        assert p["hours"] == pytest.approx(p["flops"] / 1e9 / 3600)
+    values = {name: plan.prior[name] for name in ("E", "A", "B", "alpha", "beta")}
+    design = design_of([cell for cell in plan.as_cells() if fitted(cell)])
+    before = linear_sd(design, values, plan.expected["noise"], plan.expected["target"])
+    assert before > plan.proposals[0]["sd"] > plan.proposals[1]["sd"] > plan.proposals[2]["sd"] > 0
+
+
+def test_the_best_next_cells_are_proposed_after_a_pilot(tmp_path, monkeypatch, capsys):
+    """By the law that the pilot found: printed, and in the file."""
+    truth = {**SWEEP["prior"], "A": 200.0}
+    path, out, fit = written(tmp_path), tmp_path / "plan.json", tmp_path / "fit.json"
+    words = ["plan", path, "--json", out, "--flop-per-second", "1e9"]
+    assert run(monkeypatch, capsys, *words)[0] == 0
+    first = read_plan(out)
+    cells = [cell for cell in first.as_cells() if fitted(cell)]
+    params, samples = (np.array([getattr(cell, key) for cell in cells]) for key in ("params", "samples"))
+    noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(len(cells)))
+    loss = law.chinchilla(**truth, params=params, samples=samples) * noise
+    write_result(analyse(runs_of(params, samples, loss), "chinchilla", resamples=100), fit)
+    code, said, _ = run(monkeypatch, capsys, *words, "--pilot", fit)
+    assert code == 0
+    second = read_plan(out)
+    assert second.prior_from.startswith("fit.json") and second.prior["A"] != first.prior["A"]
+    shown_and_worth_it(second, said)
+    assert second.proposals != first.proposals
 
 
 def test_a_design_that_identifies_nothing_is_refused(tmp_path, monkeypatch, capsys):
@@ -98,7 +133,7 @@ def test_steps_are_timed_and_torch_is_as_it_was(tmp_path):
     assert len(speeds) == 1 and hours["branch"] == pytest.approx(hours[cell.id] / 2, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["mlm", "mae", "simclr"])
+@pytest.mark.parametrize("name", ["mlm", "mae", "simclr", "byol"])
 def test_every_objective_can_be_timed(name):
     from selfsup.config import validate
     from selfsup.recipe import Recipe
@@ -109,7 +144,7 @@ def test_every_objective_can_be_timed(name):
         "objective": {"name": name, **(decoder if name == "mae" else {})},
         "encoder": {**BASE["encoder"], "causal": False} if text else {"img_size": 16, "patch_size": 4, "embed_dim": 16,
                                                                        "depth": 1, "num_heads": 2},
-        "data": {"shards": "x", **({"views": "simclr-32"} if name == "simclr" else {})},
+        "data": {"shards": "x", **({} if name in ("mlm", "mae") else {"views": "simclr-32"})},
         "optim": {"batch_size": 4}, "run": {"dir": "x"},
     }  # fmt: skip
     assert timed(validate(Recipe, content), steps=1).seconds > 0
@@ -122,6 +157,11 @@ def test_faults_are_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "other.json").write_text(json.dumps({"version": 1}))
     with pytest.raises(ValueError, match="not a plan; expected what selfsup scaling plan"):
         read_plan(tmp_path / "other.json")
-    byol = {"objective": {"name": "byol"}, "encoder": {}, "data": {"shards": "x", "views": "byol"}}
-    with pytest.raises(ValueError, match="byol's own loss says nothing"):
-        make_plan(written(tmp_path, base=byol), None, 1e9)
+    ignored = written(tmp_path, held_out={"shards": "test", "temperature": 0.5})
+    with pytest.raises(ValueError, match="held_out.temperature: is not used by clm"):
+        make_plan(ignored, None, 1e9)
+    simclr = {"objective": {"name": "simclr"}, "encoder": {}, "data": {"shards": "x", "views": "simclr"}}
+    for content, text in (({"batch": 100}, "expected a divisor of held_out.samples 512, got 100"),
+                          ({"neighbours": "x"}, "held_out.neighbours: is not used by simclr")):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            make_plan(written(tmp_path, base=simclr, held_out={"shards": "test", **content}), None, 1e9)

@@ -8,7 +8,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +18,20 @@ import psutil
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from running import final_state, make_shards
 from scaling_sweeps import Here
 from scaling_tables import ROOT
 from selfsup.config import validate
+from selfsup.data.images import EvalImages
+from selfsup.data.index import open_shards
+from selfsup.data.pack import pack_arrays
 from selfsup.recipe import Recipe
-from selfsup.scaling.cell import folder_of, run_cell, spent
-from selfsup.scaling.held_out import held_out_batches, mean_loss
+from selfsup.scaling.cell import LOCK, folder_of, held_by, run_cell, spent
+from selfsup.scaling.held_out import held_out_batches, mean_loss, measure_of
 from selfsup.scaling.plan import Plan, make_plan, write_plan
-from selfsup.scaling.sweep import make_executor, open_sweep, run_sweep
+from selfsup.scaling.sweep import fit_command, make_executor, open_sweep, run_sweep
 from selfsup.scaling.sweep_config import HeldOut
 from text_runs import make_token_shards, tokenizer
 
@@ -78,6 +84,8 @@ def test_every_cell_becomes_a_row(tmp_path, data):
         assert 0 < float(row["loss"]) < float(row["initial_loss"]) and row["fit"] == "1" and row["reason"] == ""
         assert int(row["unique"]) % 12 == 0 and 0 < int(row["unique"]) < 1500  # 60 documents of 2 to 40 letters
         assert float(row["initial_loss"]) == pytest.approx(np.log(tokenizer().vocab_size), rel=0.01)
+        assert (row["steps_done"], row["skipped"]) == (row["steps"], "0")
+        assert float(row["flops_done"]) == pytest.approx(float(row["flops"]), rel=0.01)
     before = (out / "results.csv").read_bytes()
     again = Here()
     run_sweep(plan, out, again, 1, 0, pause=0.0)
@@ -100,6 +108,33 @@ def test_a_failing_and_a_diverging_cell_stop_no_other(tmp_path, data):
     assert mended.ran == []  # a failed cell stays so until it is asked for
     states = run_sweep(plan, out, mended, 1, 2, pause=0.0, again=True)
     assert mended.ran == [second.id] and states[second.id]["state"] == "done"
+
+
+def test_flops_done_are_those_of_torchs_counter(tmp_path, data):
+    """All that a cell computes, less its two evaluations; and a plan that counted otherwise is found out."""
+    plan, out = planned(tmp_path, data, grid={"name": "product", "samples": [1200]}), tmp_path / "out"
+    cell, other = plan.as_cells()
+    other.counts["flops_counted"] *= 1.02
+    executor = Here([other.id])
+    with FlopCounterMode(display=False) as everything:
+        run_sweep(plan, out, executor, 1, 0, pause=0.0)
+    recipe = Recipe.model_validate({**cell.recipe, "run": {**cell.recipe["run"], "dir": "x"}})
+    measure = measure_of(recipe, HeldOut(**plan.config["held_out"]))
+    with FlopCounterMode(display=False) as twice:
+        measure(recipe.objective.build(recipe.encoder))
+        measure(recipe.objective.build(recipe.encoder))
+    row = rows(out)[0]
+    assert float(row["flops_done"]) == pytest.approx(everything.get_total_flops() - twice.get_total_flops(), rel=0.01)
+    states = run_sweep(plan, out, Here(), 1, 0, pause=0.0, again=True)
+    assert states[other.id]["state"] == "failed" and "-2.0% off the" in states[other.id]["reason"]
+
+
+def test_the_fit_that_is_printed_judges_the_first_loss(tmp_path, data):
+    """By ln V, for clm and mlm; the objectives without a vocabulary have no such loss."""
+    for objective in ("clm", "mlm"):
+        plan = planned(tmp_path, data, objective=objective)
+        assert f"--initial-loss initial_loss --vocab {tokenizer().vocab_size} " in fit_command(plan, tmp_path)
+    assert "--vocab" not in fit_command(replace(plan, vocab=None), tmp_path)
 
 
 def test_a_fault_of_the_users_is_in_the_table(tmp_path, data):
@@ -199,6 +234,91 @@ def test_held_out_loss_of_images(tmp_path):
         held_out_batches(recipe, HeldOut(shards=str(shards), samples=84))
 
 
+def images_recipe(name, shards, **changes):
+    """A small ViT on grey images, two views of each."""
+    kinds = [{"count": 2, "hue": 0.0, "saturation": 0.0, "grey": 0.0}]
+    objective = {"name": name, "hidden_dim": 8, "out_dim": 4, **changes.pop("objective", {})}
+    return validate(Recipe, {
+        "objective": objective,
+        "encoder": {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 8, "depth": 1, "num_heads": 1},
+        "data": {"shards": str(shards), "views": kinds, "mean": [0.4], "std": [0.3]}, "run": {"dir": "x"}, **changes,
+    })  # fmt: skip
+
+
+def test_held_out_loss_of_simclr_is_a_slow_loop_at_a_fixed_batch_and_temperature(tmp_path):
+    """InfoNCE by hand; the same views and the same number for cells that train with another seed, batch, temperature."""
+    shards = make_shards(tmp_path / "test", samples=24)
+    held = HeldOut(shards=str(shards), samples=24, batch=8, temperature=0.25)
+    one = images_recipe("simclr", "unused")
+    other = images_recipe("simclr", "other", objective={"temperature": 0.7}, seed=3,
+                          optim={"batch_size": 6})  # fmt: skip
+    torch.manual_seed(0)
+    model = one.objective.build(one.encoder)
+    found = measure_of(one, held)(model)
+    torch.manual_seed(0)
+    warm = other.objective.build(other.encoder)
+    assert measure_of(other, held)(warm) == found
+    total = 0.0
+    first, second = held_out_batches(one, held), held_out_batches(other, held)
+    assert len(first) == 3
+    for batch, again in zip(first, second):
+        assert all(torch.equal(a, b) for a, b in zip(batch.views, again.views))
+        with torch.no_grad():
+            views = [model.eval().projector(model.encoder(view)).double() for view in batch.views]
+        z = [[row / row.norm() for row in view] for view in views]
+        for a in range(2):
+            for i in range(8):
+                scores = {(b, j): float(z[a][i] @ z[b][j]) / 0.25 for b in range(2) for j in range(8)}
+                del scores[a, i]
+                total += float(np.log(sum(np.exp(s) for s in scores.values()))) - scores[1 - a, i]
+    assert found == pytest.approx(total / 48, rel=1e-5)
+    assert measure_of(one, held.model_copy(update={"temperature": 0.1}))(model) != pytest.approx(found, rel=1e-3)
+
+
+def labelled_noise(folder, count, seed, labels=None):
+    """Noise, brighter by a little from class to class."""
+    labels = np.arange(count) % 3 if labels is None else labels
+    noise = np.random.default_rng(seed).integers(0, 200, (count, 16, 16))
+    pack_arrays((noise + 20 * labels.clip(0)[:, None, None]).astype(np.uint8), labels, ["a", "b", "c"], folder, 30)
+    return folder
+
+
+def test_byol_is_judged_by_its_nearest_neighbours(tmp_path):
+    """The error of a slow vote by labelled images, the same ones whatever a cell trains on."""
+    train, test = labelled_noise(tmp_path / "train", 60, 0), labelled_noise(tmp_path / "test", 83, 1)
+    held = HeldOut(shards=str(test), samples=40, batch=16, neighbours=str(train), neighbour_samples=50)
+    recipe = images_recipe("byol", "unused")
+    torch.manual_seed(0)
+    model = recipe.objective.build(recipe.encoder)
+    found = measure_of(recipe, held)(model)
+
+    def features(shards, count):
+        index = open_shards(str(shards))
+        images, labels, _ = EvalImages(index, 16, 1).__getitems__(np.arange(count))
+        with torch.no_grad():
+            return model.eval().encoder((images.float() / 255 - 0.4) / 0.3).double(), labels
+
+    (known, names), (asked, truth) = features(train, 50), features(test, 40)
+    wrong = 0
+    for feature, label in zip(asked, truth.tolist()):
+        near = [float(feature @ row / feature.norm() / row.norm()) for row in known]
+        votes = dict.fromkeys(range(3), 0.0)
+        for i in sorted(range(50), key=lambda i: -near[i])[:20]:
+            votes[int(names[i])] += np.exp(near[i] / 0.07)
+        wrong += max(votes, key=votes.get) != label
+    assert found == pytest.approx(wrong / 40) and 0 < found < 1
+    other = images_recipe("byol", "elsewhere", seed=4)
+    assert measure_of(other, held)(model) == found
+    with pytest.raises(ValueError, match="held_out.samples: expected at most the 83 images"):
+        measure_of(recipe, held.model_copy(update={"samples": 84}))
+    with pytest.raises(ValueError, match="first 2 images of .* are of 2 of its 3 classes"):
+        measure_of(recipe, held.model_copy(update={"samples": 2}))
+    bare = tmp_path / "bare"
+    labelled_noise(bare, 30, 2, labels=np.full(30, -1))
+    with pytest.raises(ValueError, match="held_out.shards .*: 30 of 30 samples have no label.*nearest-neighbour probe"):
+        measure_of(recipe, held.model_copy(update={"shards": str(bare)}))
+
+
 def test_a_spent_budget_of_steps_is_divergence(tmp_path):
     assert not spent(tmp_path, 0)
     (tmp_path / "skipped.jsonl").write_text("".join(json.dumps({"step": s}) + "\n" for s in (3, 4, 4)))
@@ -269,6 +389,74 @@ def test_killed_at_random_and_resumed_gives_the_same_table(tmp_path, data):
     assert second.returncode == 0, said
     assert compared(out) == compared(tmp_path / "whole")
     assert "scaling fit" in said and "2 of 2 cells over" in said
+
+
+def at_work(out, name, process):
+    """The process that has a cell in hand."""
+    deadline = time.monotonic() + 300
+    while held_by(folder_of(out, name)) is None:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    return int(held_by(folder_of(out, name)).split()[1])
+
+
+def read_until(process, text):
+    for line in process.stdout:
+        if text in line.decode():
+            return
+    pytest.fail(f"{text!r} was not said")
+
+
+@pytest.mark.slow
+def test_cells_left_by_a_killed_command_are_neither_run_twice_nor_lost(tmp_path, data):
+    """kill -9 of the command alone. Its cell goes on; the next start waits for it; where the cell is killed as well while
+    it is waited for, it is run anew. The cells are held by SIGSTOP, so that nothing hangs on a race."""
+    options = {"ladder": {"widths": [8], "depths": [1], "head_dim": 8}, "grid": {"name": "product", "samples": [6000, 9000]}}
+    plan, path, out = planned(tmp_path, data, **options), tmp_path / "plan.json", tmp_path / "out"
+    one, two = (cell.id for cell in plan.as_cells())
+    write_plan(plan, path)
+    run_sweep(plan, tmp_path / "whole", Here(), 1, 0, pause=0.0)
+    command = start(path, out)
+    left = []
+    for name in (one, two):
+        left.append(at_work(out, name, command))
+        os.kill(left[-1], signal.SIGSTOP)
+        command.kill()
+        command.wait()
+        assert psutil.Process(left[-1]).status() == psutil.STATUS_STOPPED  # it outlives the command
+        command = start(path, out)
+        read_until(command, f"{name}: still at work since an earlier start (process {left[-1]} on ")
+        os.kill(left[-1], signal.SIGCONT if name == one else signal.SIGKILL)
+    said = command.communicate(timeout=300)[0].decode()
+    assert command.returncode == 0, said
+    table = compared(out)
+    assert [row["state"] for row in table] == ["done", "done"] and table == compared(tmp_path / "whole")
+    states = json.loads((out / "state.json").read_text())
+    assert (states[one]["failures"], states[two]["failures"]) == (0, 1)
+    # The first was started once, the second once more: by no start while another process had it.
+    assert len(list((out / "jobs").glob("*_submitted.pkl"))) == 3
+
+
+def test_a_cell_waits_for_whoever_has_it(tmp_path, data):
+    """Two starts of one cell at once: the later one does nothing until the earlier is over, and then takes its result."""
+    plan, out = planned(tmp_path, data), tmp_path / "out"
+    open_sweep(plan, out)[0].close()
+    name = plan.as_cells()[0].id
+    folder = folder_of(out, name)
+    folder.mkdir(parents=True)
+    holds = "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.lockf(f,fcntl.LOCK_EX); print('held',file=f,flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", holds, str(folder / LOCK)], stdin=subprocess.PIPE)
+    while held_by(folder) != "held":
+        assert holder.poll() is None
+        time.sleep(0.02)
+    waiting = threading.Thread(target=run_cell, args=(str(out), name))
+    waiting.start()
+    time.sleep(0.5)
+    assert waiting.is_alive() and held_by(folder) == "held" and [p.name for p in folder.iterdir()] == [LOCK]
+    (folder / "result.json").write_text(json.dumps({"state": "done", "loss": 1.0}))
+    holder.communicate(b"\n")
+    waiting.join(60)
+    assert not waiting.is_alive() and not (folder / "config.yaml").exists() and held_by(folder) is None
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, data):

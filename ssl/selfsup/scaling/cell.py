@@ -7,6 +7,8 @@ was; called while another process has it, it waits for that one.
 import fcntl
 import json
 import math
+import os
+import socket
 import time
 import traceback
 from pathlib import Path
@@ -18,16 +20,17 @@ from selfsup.carry_on import holds_run, state_of
 from selfsup.checkpoint import load_objective
 from selfsup.config import validate
 from selfsup.durable import write_atomically
+from selfsup.objectives.base import Objective
 from selfsup.recipe import Recipe
-from selfsup.scaling.grid import Cell
-from selfsup.scaling.held_out import held_out_batches, mean_loss, unique_samples
+from selfsup.scaling.grid import OFF_TARGET, Cell
+from selfsup.scaling.held_out import measure_of, unique_samples
 from selfsup.scaling.plan import read_plan
 from selfsup.scaling.sweep_config import HeldOut
 from selfsup.scaling.timing import cell_recipe
 from selfsup.start import build_objective
 from selfsup.train import go_on, train
 
-PLAN, RESULT, ERROR = "plan.json", "result.json", "error.json"
+PLAN, RESULT, ERROR, LOCK = "plan.json", "result.json", "error.json", ".cell.lock"
 
 
 class Interrupted(Exception):
@@ -48,8 +51,10 @@ def run_cell(sweep: str, name: str) -> None:
     root = Path(sweep)
     folder = folder_of(root, name)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".cell.lock").open("w") as lock:
+    with (folder / LOCK).open("a+") as lock:  # not "w": whoever waits must not wipe out who it waits for
         fcntl.lockf(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
         if (folder / RESULT).exists():
             return
         (folder / ERROR).unlink(missing_ok=True)
@@ -69,7 +74,7 @@ def _outcome(root: Path, name: str, folder: Path) -> dict[str, Any]:
         raise ValueError(f"{root / PLAN}: has no cell {name}; another plan has replaced it")
     recipe, held = cell_recipe(cell, str(folder)), validate(HeldOut, plan.config["held_out"])
     # Before the training: their faults are cheap to find.
-    batches, unique = held_out_batches(recipe, held), unique_samples(recipe)
+    measure, unique = measure_of(recipe, held), unique_samples(recipe)
     try:
         _train(root, cell, recipe, folder)
     except ValueError as error:
@@ -77,9 +82,10 @@ def _outcome(root: Path, name: str, folder: Path) -> dict[str, Any]:
             raise
         return {"state": "diverged", "reason": str(error).splitlines()[0], "seconds": time.monotonic() - began}
     torch.set_num_threads(recipe.run.threads or torch.get_num_threads())
-    loss = mean_loss(load_objective(folder)[0], batches)
-    initial = mean_loss(build_objective(recipe, torch.device("cpu")), batches)
-    result = {"state": "done", "loss": loss, "initial_loss": initial, "unique": unique}
+    objective, _, checkpoint, _ = load_objective(folder)
+    did = _did(cell, objective, checkpoint)
+    loss, initial = measure(objective), measure(build_objective(recipe, torch.device("cpu")))
+    result = {"state": "done", "loss": loss, "initial_loss": initial, "unique": unique, **did}
     result["seconds"] = time.monotonic() - began
     if not math.isfinite(loss) or loss >= initial:
         result["state"] = "diverged"
@@ -101,6 +107,36 @@ def _train(root: Path, cell: Cell, recipe: Recipe, folder: Path) -> None:
         outcome = train(recipe)
     if outcome != "finished":
         raise Interrupted("asked to stop; it goes on from its checkpoint")
+
+
+def _did(cell: Cell, objective: Objective, checkpoint: Path) -> dict[str, Any]:
+    """Steps and FLOPs that the run really did, by the samples in its last checkpoint and the model that it holds.
+
+    Raises ValueError where they are over 1% off the cell's budget, or off what was planned where there is none.
+    """
+    state = json.loads((checkpoint / "state.json").read_text())
+    share = objective.flops_per_sample() * state["samples"] / cell.counts["flops_counted"]
+    flops = cell.flops * share  # by the sweep's convention
+    wanted = cell.budget or cell.flops
+    if abs(flops / wanted - 1) > OFF_TARGET:
+        raise ValueError(
+            f"its run did {flops:.4g} FLOPs in {state['step']} steps, {flops / wanted - 1:+.1%} off the {wanted:.4g} "
+            f"planned (at most {OFF_TARGET:.0%}): it is no run of this plan"
+        )
+    return {"steps_done": state["step"], "skipped": state.get("skipped", 0), "flops_done": flops}
+
+
+def held_by(folder: Path) -> str | None:
+    """Which process has the cell of this folder in hand, as `process 12 on HOST`; None where none has."""
+    if not (folder / LOCK).exists():
+        return None
+    with (folder / LOCK).open("a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            return lock.read().strip() or "a process that is starting"
+    return None
 
 
 def spent(folder: Path, budget: int) -> bool:

@@ -163,7 +163,7 @@ def cell_of(
 
 def digest(recipe: dict[str, Any], config: SweepConfig, *rest: Any) -> str:
     """The name of a cell: a hash of all that its result depends on."""
-    parts = [{k: v for k, v in recipe.items() if k != "run"}, config.held_out.model_dump(mode="json"), *rest]
+    parts = [{k: v for k, v in recipe.items() if k != "run"}, config.held_out.of(recipe["objective"]["name"]), *rest]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

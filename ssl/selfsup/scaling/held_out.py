@@ -1,5 +1,7 @@
 """y of a law: the loss on data never trained on, the same rows, the same masks, the same batches for every cell."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -11,11 +13,30 @@ from selfsup.data.text import TrainText
 from selfsup.data.views import ViewBatch
 from selfsup.encoders.vit import ViTConfig
 from selfsup.objectives.base import Objective
+from selfsup.objectives.simclr import SimCLR
 from selfsup.recipe import Recipe
+from selfsup.scaling.probed import probe_of
 from selfsup.scaling.sweep_config import HeldOut
 
 SEED = 0
 """Of every mask, crop and shift: that of the evaluation, whatever a cell was trained with."""
+
+
+def measure_of(recipe: Recipe, held: HeldOut) -> Callable[[Objective], float]:
+    """y of a model of the recipe, lower is better: byol's probe error, else the held-out loss.
+
+    What it is measured on is read here: faults of it, ValueErrors, are found before the training.
+    """
+    if recipe.objective.name == "byol":
+        return probe_of(recipe, held)
+    batches = held_out_batches(recipe, held)
+
+    def loss(objective: Objective) -> float:
+        if isinstance(objective, SimCLR):
+            objective.config = objective.config.model_copy(update={"temperature": held.temperature})
+        return mean_loss(objective, batches)
+
+    return loss
 
 
 def held_out_batches(recipe: Recipe, held: HeldOut) -> list[TextBatch | ImageBatch | ViewBatch]:

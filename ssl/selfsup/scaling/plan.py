@@ -71,14 +71,7 @@ def make_plan(path: Path, pilot: Path | None = None, flop_per_second: float | No
     """
     config = load_sweep(path)
     base = load_recipe(path.parent / config.recipe, [])
-    if base.objective.name == "byol":
-        raise ValueError("objective.name: byol's own loss says nothing of what it learned (it can collapse to 0); "
-                         "expected clm, mlm, mae or simclr")  # fmt: skip
-    if base.objective.name == "simclr" and config.held_out.samples % config.held_out.batch:
-        raise ValueError(
-            f"held_out.batch: simclr's loss depends on it: expected a divisor of held_out.samples "
-            f"{config.held_out.samples}, got {config.held_out.batch}"
-        )
+    config.held_out.check(base.objective.name)
     prior, source, draws = _prior(config, pilot)
     made = make_cells(base, config, prior)
     cells = [cell for cell in made.cells if fitted(cell)]

@@ -8,12 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 import submitit
 
 from selfsup.durable import write_atomically
-from selfsup.scaling.cell import ERROR, PLAN, RESULT, folder_of, read_json, run_cell
+from selfsup.scaling.cell import ERROR, PLAN, RESULT, folder_of, held_by, read_json, run_cell
 from selfsup.scaling.grid import Cell
 from selfsup.scaling.plan import Plan, fitted, read_plan, write_plan
 
@@ -22,7 +23,7 @@ OVER = ("done", "failed", "diverged")
 COLUMNS = (
     "cell", "role", "fit", "state", "size", "params", "samples", "flops", "budget", "steps", "warmup", "batch", "lr",
     "seed", "cluster", "params_matrices", "params_all", "params_no_embedding", "flops_counted", "flops_parameters",
-    "unique", "loss", "initial_loss", "seconds", "reason",
+    "unique", "loss", "initial_loss", "steps_done", "skipped", "flops_done", "seconds", "reason",
 )  # fmt: skip
 States = dict[str, dict[str, Any]]
 
@@ -33,6 +34,21 @@ class Executor(Protocol):
 
     def submit(self, function: Callable[..., Any], *arguments: str) -> Any:
         """Starts function(*arguments) somewhere; the job has `done()`, `cancel()` and `paths`."""
+
+
+class Left:
+    """A cell at work in a process that an earlier start left when it was killed: waited for as a job of ours is."""
+
+    paths = SimpleNamespace(stderr=Path("that of an earlier start"))
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def done(self) -> bool:
+        return held_by(self.folder) is None
+
+    def cancel(self, check: bool = True) -> None:
+        """It goes on: it is no child of ours, and perhaps of another machine."""
 
 
 def open_sweep(plan: Plan, folder: Path) -> tuple[TextIO, States]:
@@ -81,6 +97,10 @@ def run_sweep(
     try:
         for cell in plan.as_cells():
             _take(folder, states, cell.id)
+            who = held_by(folder_of(folder, cell.id))
+            if who is not None and states[cell.id]["state"] == "pending":
+                flying[cell.id], states[cell.id]["state"] = Left(folder_of(folder, cell.id)), "running"
+                say(f"{cell.id}: still at work since an earlier start ({who}); waiting for it")
             if again and states[cell.id]["state"] == "failed":
                 states[cell.id].update(state="pending", failures=0, reason="")
         _save(folder, states)

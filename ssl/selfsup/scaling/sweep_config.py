@@ -1,7 +1,7 @@
 """What is written to plan a sweep: a base recipe, a ladder of sizes, a grid, rules, and what is believed beforehand."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -145,7 +145,8 @@ class Floors(Section):
 
 
 class HeldOut(Section):
-    """What y is: the loss on data that is never trained on, the same rows with the same masks for every cell."""
+    """What y is: the loss on data that is never trained on, the same rows with the same masks for every cell; of byol
+    the error of a nearest-neighbour probe."""
 
     shards: str
     """Shards of the kind that data.shards is, made with the same tokenizer."""
@@ -153,6 +154,28 @@ class HeldOut(Section):
     """Rows or images, the first ones."""
     batch: Annotated[int, Field(ge=1)] = 64
     """Of a forward pass. SimCLR contrasts the images of one: the same for all cells, and a divisor of samples."""
+    temperature: Positive = 0.1
+    """SimCLR's, of y: the same for all cells, whatever they train with."""
+    neighbours: str | None = None
+    """BYOL: shards whose labels the probe's neighbours vote with; none: data.shards. `shards` must have labels too."""
+    neighbour_samples: Annotated[int, Field(ge=20)] = 2000
+    """BYOL: images of them, the first ones."""
+
+    def of(self, objective: str) -> dict[str, Any]:
+        """The keys that y of an objective depends on: a cell's name does not change by those of another."""
+        only = {"temperature": "simclr", "neighbours": "byol", "neighbour_samples": "byol"}
+        return self.model_dump(mode="json", exclude={key for key, name in only.items() if name != objective})
+
+    def check(self, objective: str) -> None:
+        """Raises ValueError for what would be ignored, and for a last batch of SimCLR's of another size."""
+        unused = self.model_fields_set - self.of(objective).keys()
+        if unused:
+            raise ValueError(f"held_out.{min(unused)}: is not used by {objective}; leave it out")
+        if objective == "simclr" and self.samples % self.batch:
+            raise ValueError(
+                f"held_out.batch: simclr's loss depends on it: expected a divisor of held_out.samples {self.samples}, "
+                f"got {self.batch}"
+            )
 
 
 class SweepConfig(Section):

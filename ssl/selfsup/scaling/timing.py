@@ -58,6 +58,7 @@ def timed(recipe: Recipe, steps: int = STEPS) -> Speed:
                 loss = objective(batch, float(batch.targets)).loss
             loss.backward()
             optimizer.step()
+            objective.after_step(0.0)
             optimizer.zero_grad()
             found.append(time.process_time() - began)
     finally:
