@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from running import final_state, make_shards
 from scaling_sweeps import Here
 from scaling_tables import ROOT
+from selfsup.checkpoint import load_objective
 from selfsup.config import validate
 from selfsup.data.images import EvalImages
 from selfsup.data.index import open_shards
@@ -319,6 +320,32 @@ def test_byol_is_judged_by_its_nearest_neighbours(tmp_path):
         measure_of(recipe, held.model_copy(update={"shards": str(bare)}))
 
 
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_cells_of_two_views_end_with_their_measure(tmp_path, name):
+    """From the plan to the row: what stands there is what the cell's last checkpoint has."""
+    train, test = labelled_noise(tmp_path / "train", 60, 0), labelled_noise(tmp_path / "test", 40, 1)
+    base = images_recipe(name, train).model_dump(mode="json")
+    base["run"] = {"dir": "base", "device": "cpu"}
+    only = {"neighbour_samples": 50} if name == "byol" else {"temperature": 0.2}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({
+        "recipe": "base.yaml", "held_out": {"shards": str(test), "samples": 40, "batch": 20, **only},
+        "ladder": {"widths": [8], "depths": [1], "head_dim": 8}, "grid": {"name": "product", "samples": [300]},
+        "rule": {"name": "fixed", "lr": 3e-3, "batch": 20}, "floors": {"steps": 1}, "flops": "parameters",
+    }))  # fmt: skip
+    plan, out = make_plan(tmp_path / "sweep.yaml", None, 1e9), tmp_path / "out"
+    assert plan.vocab is None and plan.objective == name
+    run_sweep(plan, out, Here(), 1, 0, pause=0.0)
+    row, folder = rows(out)[0], folder_of(out, plan.as_cells()[0].id)
+    objective, recipe, *_ = load_objective(folder)
+    y = measure_of(recipe, HeldOut(**plan.config["held_out"]))(objective)
+    if row["state"] == "done":
+        assert float(row["loss"]) == y < float(row["initial_loss"])
+    else:  # byol on noise may learn nothing
+        assert name == "byol" and y >= float(row["initial_loss"]) and "not below the untrained" in row["reason"]
+    assert float(row["flops_done"]) == pytest.approx(float(row["flops"]))
+
+
 def test_a_spent_budget_of_steps_is_divergence(tmp_path):
     assert not spent(tmp_path, 0)
     (tmp_path / "skipped.jsonl").write_text("".join(json.dumps({"step": s}) + "\n" for s in (3, 4, 4)))
@@ -416,18 +443,21 @@ def test_cells_left_by_a_killed_command_are_neither_run_twice_nor_lost(tmp_path,
     one, two = (cell.id for cell in plan.as_cells())
     write_plan(plan, path)
     run_sweep(plan, tmp_path / "whole", Here(), 1, 0, pause=0.0)
-    command = start(path, out)
-    left = []
-    for name in (one, two):
-        left.append(at_work(out, name, command))
-        os.kill(left[-1], signal.SIGSTOP)
-        command.kill()
-        command.wait()
-        assert psutil.Process(left[-1]).status() == psutil.STATUS_STOPPED  # it outlives the command
-        command = start(path, out)
-        read_until(command, f"{name}: still at work since an earlier start (process {left[-1]} on ")
-        os.kill(left[-1], signal.SIGCONT if name == one else signal.SIGKILL)
-    said = command.communicate(timeout=300)[0].decode()
+    command, left = start(path, out), []
+    try:
+        for name in (one, two):
+            left.append(psutil.Process(at_work(out, name, command)))
+            left[-1].suspend()
+            command.kill()
+            command.wait()
+            assert left[-1].status() == psutil.STATUS_STOPPED  # it outlives the command
+            command = start(path, out)
+            read_until(command, f"{name}: still at work since an earlier start (process {left[-1].pid} on ")
+            (left[-1].resume if name == one else left[-1].kill)()
+        said = command.communicate(timeout=300)[0].decode()
+    finally:
+        for process in (command, *(process for process in left if process.is_running())):
+            process.kill()
     assert command.returncode == 0, said
     table = compared(out)
     assert [row["state"] for row in table] == ["done", "done"] and table == compared(tmp_path / "whole")
