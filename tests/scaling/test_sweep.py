@@ -341,8 +341,8 @@ def test_cells_of_two_views_end_with_their_measure(tmp_path, name):
     y = measure_of(recipe, HeldOut(**plan.config["held_out"]))(objective)
     if row["state"] == "done":
         assert float(row["loss"]) == y < float(row["initial_loss"])
-    else:  # byol on noise may learn nothing
-        assert name == "byol" and y >= float(row["initial_loss"]) and "not below the untrained" in row["reason"]
+    else:  # on noise nothing may be learned
+        assert y >= float(row["initial_loss"]) and "not below the untrained" in row["reason"]
     assert float(row["flops_done"]) == pytest.approx(float(row["flops"]))
 
 
@@ -428,18 +428,20 @@ def at_work(out, name, process):
 
 
 def read_until(process, text):
-    for line in process.stdout:
-        if text in line.decode():
-            return
-    pytest.fail(f"{text!r} was not said")
+    """Reads what a process says up to a text; a process that never says it is killed, and the test fails."""
+    patience = threading.Timer(300, process.kill)
+    patience.start()
+    found = any(text in line.decode() for line in process.stdout)
+    patience.cancel()
+    assert found, f"{text!r} was not said"
 
 
 @pytest.mark.slow
 def test_cells_left_by_a_killed_command_are_neither_run_twice_nor_lost(tmp_path, data):
     """kill -9 of the command alone. Its cell goes on; the next start waits for it; where the cell is killed as well while
     it is waited for, it is run anew. The cells are held by SIGSTOP, so that nothing hangs on a race."""
-    options = {"ladder": {"widths": [8], "depths": [1], "head_dim": 8}, "grid": {"name": "product", "samples": [6000, 9000]}}
-    plan, path, out = planned(tmp_path, data, **options), tmp_path / "plan.json", tmp_path / "out"
+    ladder, grid = {"widths": [8], "depths": [1], "head_dim": 8}, {"name": "product", "samples": [6000, 9000]}
+    plan, path, out = planned(tmp_path, data, ladder=ladder, grid=grid), tmp_path / "plan.json", tmp_path / "out"
     one, two = (cell.id for cell in plan.as_cells())
     write_plan(plan, path)
     run_sweep(plan, tmp_path / "whole", Here(), 1, 0, pause=0.0)
@@ -474,7 +476,10 @@ def test_a_cell_waits_for_whoever_has_it(tmp_path, data):
     name = plan.as_cells()[0].id
     folder = folder_of(out, name)
     folder.mkdir(parents=True)
-    holds = "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.lockf(f,fcntl.LOCK_EX); print('held',file=f,flush=True); input()"
+    holds = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', file=f, flush=True)\n"
+        "input()"
+    )
     holder = subprocess.Popen([sys.executable, "-c", holds, str(folder / LOCK)], stdin=subprocess.PIPE)
     while held_by(folder) != "held":
         assert holder.poll() is None

@@ -29,8 +29,8 @@ def probe_of(recipe: Recipe, held: HeldOut) -> Callable[[Objective], float]:
     Raises ValueError where labels are missing or do not belong together, for fewer images than asked for, and where
     the first images lack a class.
     """
-    key, shards = ("data.shards", recipe.data.shards) if held.neighbours is None else ("held_out.neighbours", held.neighbours)
-    train, test = open_shards(shards), open_shards(held.shards)
+    key = "data.shards" if held.neighbours is None else "held_out.neighbours"
+    train, test = open_shards(held.neighbours or recipe.data.shards), open_shards(held.shards)
     try:
         check_labels(train, test)
     except ValueError as error:  # of `selfsup probe`, by its options
