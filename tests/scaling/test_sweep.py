@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -477,8 +476,8 @@ def test_a_cell_waits_for_whoever_has_it(tmp_path, data):
     folder = folder_of(out, name)
     folder.mkdir(parents=True)
     holds = (
-        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', file=f, flush=True)\n"
-        "input()"
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)\n"
+        "print('held', file=f, flush=True); input()"
     )
     holder = subprocess.Popen([sys.executable, "-c", holds, str(folder / LOCK)], stdin=subprocess.PIPE)
     while held_by(folder) != "held":
