@@ -1,5 +1,5 @@
 """y of byol: the error of a nearest-neighbour probe. Its own loss says nothing of what was learned: it falls to 0 where
-the features collapse (Grill et al. 2020, sec. 3.2)."""
+the features collapse (Grill et al. 2020)."""
 
 from collections.abc import Callable
 
