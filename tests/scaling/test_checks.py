@@ -1,12 +1,13 @@
 """Each pitfall planted once, and found; a clean design, and nothing is said."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from scaling_tables import TRUTH, checkpoint_design, epoch, is_epochs_fit, isoflop_design, simulated
-from selfsup.scaling import check, law, start
+from selfsup.scaling import check, design, law, start, sweeps
 from selfsup.scaling.analyse import analyse
 from selfsup.scaling.design import check_design, check_untrained, seed_spread
 from selfsup.scaling.extrapolate import held_out_runs
@@ -15,7 +16,7 @@ from selfsup.scaling.predict import predict_run
 from selfsup.scaling.repeated import analyse_repeats
 from selfsup.scaling.special import analyse_broken, analyse_isoflop
 from selfsup.scaling.sweeps import best_learning_rates
-from selfsup.scaling.table import Runs, runs_of
+from selfsup.scaling.table import Runs, runs_of, same_cell
 
 
 def clean(noise=0.001, seed=0) -> Runs:
@@ -138,6 +139,23 @@ def test_compute_off_the_budget():
         0.03, abs=1e-3
     )
     assert "off budget" not in found(of(runs.params, runs.samples, budget=runs.flops * 1.005))
+
+
+def test_missing_steps_are_counted():
+    """What is there is judged, what is not is counted; no number that is written is NaN."""
+    runs = clean()
+    steps, warmup, first = (np.full(len(runs), value) for value in (2000.0, 100.0, 10.9))
+    steps[:3], steps[3], warmup[3:5], warmup[5], first[7:] = 200, np.nan, np.nan, 1000.0, np.nan
+    runs = replace(runs, steps=steps, warmup=warmup, initial_loss=first)
+    said = [*check_design(runs, "chinchilla"), *check_untrained(runs, 50_000)]
+    assert all(np.isfinite(one.value) and np.isfinite(one.limit) and "nan" not in one.text for one in said)
+    assert [(one.check, one.value) for one in said] == [
+        ("missing values", 1), ("short runs", 200), ("missing values", 2), ("warm-up", 0.5), ("missing values", 35)
+    ]  # fmt: skip
+    assert [one.text[:13] for one in said[1:4:2]] == ["3 of 41 runs ", "4 of 40 runs "]
+    nothing = replace(runs, steps=np.full(42, np.nan), warmup=np.full(42, np.nan), initial_loss=np.full(42, np.nan))
+    said = [*check_design(nothing, "chinchilla"), *check_untrained(nothing, 50_000)]
+    assert [(one.check, one.value) for one in said] == [("missing values", 42)] * 3
 
 
 def test_initial_loss_and_divergence():
@@ -356,6 +374,44 @@ def test_unequal_sweeps_and_edges():
     assert {f.check for f in said} == {"unequal sweeps", "sweep edge"}
     _, said = best_learning_rates(swept([[0.003]] * 3))
     assert {f.check for f in said} == {"one learning rate"}
+    _, said = best_learning_rates(swept([rates[1:2] for rates in fair]))  # a rule of size that nobody tested
+    assert {f.check for f in said} == {"no sweep"}
+
+
+def sweeps_with_jitter_are_matched(jitter):
+    """N and D of one cell differ as they do where one is computed from a rounded other."""
+    fair = [[0.5 * n**-0.25 * f for f in (0.5, 1, 2)] for n in (1e7, 1e8, 1e9)]
+    runs, draw = swept(fair), np.random.default_rng(0)
+    off = [1 + jitter * draw.uniform(-1, 1, len(runs)) for _ in range(3)]
+    runs = replace(runs, params=runs.params * off[0], samples=runs.samples * off[1], lr=runs.lr * off[2])
+    kept, said = best_learning_rates(runs)
+    assert len(kept) == 3 and not said and kept.loss == pytest.approx([3, 3, 3])
+    seeds = simulated(*(np.repeat(v, 3) * o for v, o in zip(isoflop_design(3, 5, 3), np.tile(off, 5)[:2])), 0.02)
+    spread, freedom = seed_spread(seeds)
+    assert freedom == 30 and spread == pytest.approx(0.02 * seeds.loss.mean(), rel=0.35)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-5, 1e-3])
+def test_a_cell_is_one_within_a_percent(jitter):
+    sweeps_with_jitter_are_matched(jitter)
+
+
+def test_cells_matched_exactly_are_caught(monkeypatch):
+    """The mutant: a difference in the fifth digit hides a sweep."""
+    exact = partial(same_cell, within=0.0)
+    monkeypatch.setattr(sweeps, "same_cell", exact)
+    monkeypatch.setattr(design, "same_cell", exact)
+    sweeps_with_jitter_are_matched(0.0)
+    with pytest.raises(AssertionError):
+        sweeps_with_jitter_are_matched(1e-5)
+
+
+def test_cells_apart_stay_apart():
+    """A table of many sizes 0.8% apart is no single cell, and sizes of other data are no neighbours."""
+    chain = 1e8 * 1.008 ** np.arange(100)
+    assert np.bincount(same_cell(chain)).max() == 2
+    grid = np.array([(n, d) for n in (1.0, 1.02) for d in (1.0, 1.005, 1.02)])
+    assert same_cell(*grid.T, None).tolist() == [0, 0, 1, 2, 2, 3]
 
 
 def test_a_mean_is_no_sum():

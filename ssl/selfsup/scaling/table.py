@@ -17,6 +17,8 @@ from selfsup.scaling.cost import CONSTANT, Cost, fit_cost
 
 FLOPS_PER = 6.0
 """FLOPs per parameter and sample where the table does not say: 2 forward, 4 backward."""
+SAME = 0.01
+"""Sizes, data and learning rates that differ by less are one cell's."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,27 @@ def runs_of(
         params, samples, FLOPS_PER * params * samples, loss, codes, np.arange(n) + 2, read=n,
         clustered=cluster is not None,
     )  # fmt: skip
+
+
+def same_cell(*keys: Float[np.ndarray, " n"] | None, within: float = SAME) -> Int[np.ndarray, " n"]:
+    """A code for each row, equal where all keys agree within 1%: N and D that were counted or rounded in two ways are
+    one cell. A key that is None (no such column) is left out.
+
+    Each key is sorted and cut where it exceeds the least of its group by more than that, within the groups of the
+    keys before it: by steps from one row to the next, a table of many sizes would be one cell.
+    """
+    given = [np.log(key) for key in keys if key is not None]
+    codes = np.zeros(len(given[0]), dtype=np.int64)
+    for key in given:
+        order = np.lexsort((key, codes))
+        group, start, code = -1, -np.inf, -1
+        split = np.empty_like(codes)
+        for index in order:
+            if codes[index] != group or key[index] > start + np.log1p(within):
+                group, start, code = codes[index], key[index], code + 1
+            split[index] = code
+        codes = split
+    return codes
 
 
 def read_table(
