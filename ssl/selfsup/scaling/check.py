@@ -16,6 +16,7 @@ from selfsup.scaling.finding import Finding
 from selfsup.scaling.fit import Fitted, Problem, exponents, fit, fit_runs, predict
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
+from selfsup.scaling.trend import check_trends
 
 LOOSE, LOOSE_REFUSED = 0.1, 0.4
 """Widths of the 95% interval of a: above the first it is told, above the second the law is refused."""
@@ -30,7 +31,7 @@ def check_fit(
         *check_convergence(found),
         *_bounds(form, runs, values),
         *_condition(task, found),
-        *_trends(runs, residual),
+        *check_trends(runs, task.model(found.solved.theta)[1][0].T, residual),
         *_outliers(runs, residual),
         *_same_run(runs, residual),
         *_curves(runs, residual),
@@ -48,7 +49,7 @@ def check_repeats(
         *check_convergence(found),
         *_bounds("chinchilla", runs, values),
         *_condition(base, found),
-        *_trends(runs, residual),
+        *check_trends(runs, task.model(found.solved.theta)[1][0].T, residual),
         *_outliers(runs, residual),
         *_same_run(runs, residual),
     ]
@@ -104,32 +105,6 @@ def _condition(task: Problem, found: Fitted) -> list[Finding]:
         return []
     text = f"the law's gradient has condition number {number:.3g} (300 or more): some mixtures of coefficients are free"
     return [Finding("condition", number, 300, text, refuses=number > 3000)]
-
-
-def _trends(runs: Runs, residual: np.ndarray) -> list[Finding]:
-    """Residuals by thirds of D/N and of compute: the same median everywhere?"""
-    found = []
-    for name, axis in (("D/N", runs.samples / runs.params), ("compute", runs.flops)):
-        if len(np.unique(axis)) < 12:
-            continue
-        cuts = np.quantile(axis, [1 / 3, 2 / 3])
-        thirds = [
-            residual[axis <= cuts[0]],
-            residual[(axis > cuts[0]) & (axis <= cuts[1])],
-            residual[axis > cuts[1]],
-        ]
-        chance = float(stats.kruskal(*thirds).pvalue)
-        medians = [float(np.median(third)) for third in thirds]
-        reach = max(medians) - min(medians)
-        if chance < 1e-3 and reach > 2e-3:
-            shown = ", ".join(f"{median:+.2%}" for median in medians)
-            text = (
-                f"residuals depend on {name}: median {shown} in its lower, middle and upper third "
-                f"(by chance {chance:.1g}): "
-                "the form is wrong there, or those runs are trained less well"
-            )
-            found.append(Finding(f"trend with {name}", chance, 1e-3, text))
-    return found
 
 
 def _outliers(runs: Runs, residual: np.ndarray) -> list[Finding]:
