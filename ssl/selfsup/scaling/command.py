@@ -193,6 +193,7 @@ def main_predict(
     samples: float | None = None,
     at: float | None = None,
     level: float = 0.95,
+    rule: tuple[Literal["porian", "olmo", "steplaw"], ...] = (),
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
 ) -> None:
     """What to train with a compute: size, data, loss, each with its interval; and what missing the size costs.
@@ -207,6 +208,7 @@ def main_predict(
         params: with --samples, predicts the loss of that run instead of a plan.
         at: for a bnsl fit, the value of its axis.
         level: of the intervals.
+        rule: with a plan, its learning rate and batch by these rules for language models in tokens.
         json: the prediction as a file.
     """
     if not 0 < level < 1:
@@ -220,6 +222,8 @@ def main_predict(
         raise ValueError(
             f"expected one of --flops C, --hours T, --params N with --samples D, --at X; got {ways}"
         )
+    if rule and flops is None and hours is None:
+        raise ValueError("--rule: is for a plan, expected --flops C or --hours T")
     if at is not None:
         found = predict_axis(result, at, level)
     elif params is not None and samples is not None:
@@ -228,7 +232,7 @@ def main_predict(
         if hours is not None:
             flops, said = _compute(hours, flop_per_second, utilisation)
         assert flops is not None
-        found = predict_plan(result, flops, level, unique_samples)
+        found = predict_plan(result, flops, level, unique_samples, rule)
     found.notes[:0] = said
     if json is not None:
         write_json(asdict(found), json)

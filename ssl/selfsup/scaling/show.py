@@ -62,7 +62,12 @@ def _range(ends: list[float | None] | None) -> str:
     if ends is None or len(ends) < 3:
         return ""
     low, high, level = ends
-    return f"{_number(low)} to {'no bound' if high is None else _number(high)} ({level:.0%})"
+    return f"{_number(low)} to {'no bound' if high is None else _number(high)} ({_percent(level)})"
+
+
+def _percent(level: float) -> str:
+    """0.999 is 99.9%, not 100%."""
+    return f"{100 * level:.10g}%"
 
 
 def show_prediction(found: Prediction) -> None:
@@ -71,7 +76,7 @@ def show_prediction(found: Prediction) -> None:
         print(f"compute {found.flops:.4g} FLOPs")
     names = {"params": "parameters N", "samples": "samples D", "loss": "loss", "epochs": "epochs"}
     for name, (value, low, high) in found.values.items():
-        interval = "" if low is None else f"   {_number(low)} to {_number(high)} ({found.level:.0%})"
+        interval = "" if low is None else f"   {_number(low)} to {_number(high)} ({_percent(found.level)})"
         print(f"  {names[name]:13} {_number(value):>11}{interval}")
     if found.price:
         print("\nanother size at the same compute costs")
