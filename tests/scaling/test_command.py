@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from scaling_tables import ROOT, TRUTH, isoflop_design, simulated
+from scaling_tables import ROOT, TRUTH, checkpoint_design, isoflop_design, simulated
 from selfsup import cli
 from selfsup.scaling import law
 from selfsup.scaling.result import read_result
@@ -328,6 +328,29 @@ def test_what_is_left_out_is_said(table, monkeypatch, capsys):
     code, said, _ = run(monkeypatch, capsys, "fit", table, *FIT)
     assert code == 0 and "44 rows, 42 used" in said
     assert "left out: 1 loss missing or NaN" in said and "left out: 1 D missing" in said
+
+
+def test_measured_noise(tmp_path, monkeypatch, capsys):
+    params, samples = isoflop_design(budgets=6, sizes=7, reach=5)
+    loss = simulated(params, samples, 0.001).loss
+    sigma = [*map(str, np.where(np.arange(40) % 2, 0.03, 0.002)), "", "0"]
+    path, out = write(tmp_path / "runs.csv", params, samples, loss, sd=sigma), tmp_path / "fit.json"
+    code, said, _ = run(monkeypatch, capsys, "fit", path, *FIT, "--sigma", "sd", "--json", out)
+    assert code == 0 and "rows weigh 1 / sigma over its median (--sigma): 0.533 to 8" in said
+    assert "left out: 1 sd missing or no number" in said and "left out: 1 sd zero or negative" in said
+    assert json.loads(out.read_text())["about"]["weights"] == pytest.approx([8 / 15, 8])
+    code, _, error = run(monkeypatch, capsys, "fit", path, *FIT, "--sigma", "sd", "--form", "isoflop")
+    assert code == 2 and "--sigma: is for --form chinchilla, tied, kaplan, got isoflop" in error
+
+
+def test_rows_are_no_runs(tmp_path, monkeypatch, capsys):
+    """With --cluster the text counts rows as rows: 128 checkpoints of 32 runs."""
+    params, samples, cluster = checkpoint_design()
+    loss = simulated(params, samples, 0.002, cluster=cluster).loss
+    path = write(tmp_path / "runs.csv", params, samples, loss, run=cluster)
+    code, said, _ = run(monkeypatch, capsys, "fit", path, *FIT, "--cluster", "run")
+    assert code == 0 and "128 rows, 128 used, of 32 runs" in said and "resamples of 32 runs" in said
+    assert "largest runs held out (28 of 128 rows, 7 of 32 runs," in said
 
 
 def test_nothing_imports_torch():

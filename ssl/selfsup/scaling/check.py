@@ -108,9 +108,9 @@ def _condition(task: Problem, found: Fitted) -> list[Finding]:
 
 
 def _outliers(runs: Runs, residual: np.ndarray) -> list[Finding]:
-    scale = 1.4826 * float(np.median(np.abs(residual)))
+    scale = 1.4826 * float(np.median(np.abs(residual) * runs.weights))
     size = np.abs(residual)
-    far = (size > 10 * scale) & (size > 0.02)
+    far = (size * runs.weights > 10 * scale) & (size > 0.02)
     if not far.any():
         return []
     lines = ", ".join(str(line) for line in runs.line[far][:6])
@@ -183,9 +183,9 @@ def _sensitivity(
     """How far the exponent a moves without the worst 2% of the runs, without the cheapest quarter, at ten times delta."""
     log_loss, n = np.log(runs.loss)[None], len(runs)
     a = float(exponents(form, values)[0])
-    worst, cheap = np.ones(n), np.ones(n)
+    worst, cheap = runs.weights, runs.weights
     count = max(1, round(0.02 * n))
-    worst[np.argsort(-np.abs(residual))[:count]] = 0
+    worst[np.argsort(-np.abs(residual) * runs.weights)[:count]] = 0
     cheap[runs.flops < np.quantile(runs.flops, 0.25)] = 0
     start = found.solved.theta[:1]
     said = []
@@ -198,7 +198,7 @@ def _sensitivity(
             f"without the cheapest quarter ({int((cheap == 0).sum())} runs)",
             0.05,
         ),
-        ("delta", np.ones(n), 10 * delta, f"with delta {10 * delta:g} in place of {delta:g}", 0.05),
+        ("delta", runs.weights, 10 * delta, f"with delta {10 * delta:g} in place of {delta:g}", 0.05),
     )
     for name, weights, threshold, what, limit in names:
         if (weights > 0).sum() <= len(task.bounds[0]):

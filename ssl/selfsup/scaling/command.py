@@ -28,6 +28,7 @@ _N_AND_D = ("chinchilla", "tied", "kaplan")
 _ONLY_FOR = {
     "--base": ("repeats",),
     "--also-params": _N_AND_D,
+    "--sigma": _N_AND_D,
     "--budget": (*_N_AND_D, "repeats", "isoflop"),
     "--unique": (*_N_AND_D, "repeats", "isoflop"),
     "--steps": (*_N_AND_D, "repeats", "isoflop"),
@@ -51,6 +52,7 @@ def main_fit(
     warmup: Column = None,
     initial_loss: Column = None,
     also_params: Column = None,
+    sigma: Column = None,
     form: Form = "chinchilla",
     where: tuple[str, ...] = (),
     drop_highest: int = 0,
@@ -80,6 +82,7 @@ def main_fit(
         warmup: warm-up steps.
         initial_loss: loss before training, with --vocab.
         also_params: parameters counted otherwise; says what that changes.
+        sigma: measured standard deviation of a row's log loss; rows weigh 1 / sigma.
         form: bnsl takes one axis, one of --params, --samples, --flops.
         where: COLUMN=VALUE conditions on rows.
         drop_highest: leave out so many of the highest losses.
@@ -105,13 +108,13 @@ def main_fit(
     _positive("--seed", seed, 0)
     _axes(form, params, samples, flops)
     _unused(form, {"--base": base, "--also-params": also_params, "--budget": budget, "--unique": unique,
-                   "--steps": steps, "--warmup": warmup})  # fmt: skip
+                   "--steps": steps, "--warmup": warmup, "--sigma": sigma})  # fmt: skip
     if warmup is not None and steps is None:
         raise ValueError("--warmup: expected --steps too, of which it is a share")
     if initial_loss is not None and vocab is None:
         raise ValueError("--initial-loss: expected --vocab too, whose logarithm it is held against")
     columns = Columns(
-        params, loss, samples, flops, budget, cluster, unique, lr, steps, warmup, initial_loss, also_params
+        params, loss, samples, flops, budget, cluster, unique, lr, steps, warmup, initial_loss, also_params, sigma
     )
     runs = read_table(table, columns, where, flops_per)
     if drop_highest:

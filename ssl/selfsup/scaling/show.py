@@ -19,6 +19,9 @@ def show_result(result: Result) -> None:
     print(f"{about['table']}: {about['rows_read']} rows, {about['rows_used']} used, {about['runs']} runs")
     for reason, count in about["dropped"].items():
         print(f"  left out: {count} {reason}")
+    if about.get("weights"):
+        least, most = about["weights"]
+        print(f"  rows weigh 1 / sigma over its median (--sigma): {least:.3g} to {most:.3g}")
     print(f"\n{result.form}: {_LAWS[result.form]}")
     if result.form != "isoflop":
         starts = f"; {about['starts_agreed']} of {about['starts']} starts agree" if "starts" in about else ""

@@ -29,6 +29,7 @@ class Columns:
     flops: of the whole training. budget: the nominal compute of an isoFLOP grid. cluster: names the run a row
     belongs to. lr, steps, warmup (in steps), initial_loss: for the checks that need them.
     also_params: parameters counted otherwise (without embeddings), to see what that changes.
+    sigma: measured standard deviation of the row's log loss, for its weight.
     """
 
     params: str | None
@@ -43,6 +44,7 @@ class Columns:
     warmup: str | None = None
     initial_loss: str | None = None
     also_params: str | None = None
+    sigma: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Runs:
     warmup: Float[np.ndarray, " n"] | None = None
     initial_loss: Float[np.ndarray, " n"] | None = None
     also_params: Float[np.ndarray, " n"] | None = None
+    sigma: Float[np.ndarray, " n"] | None = None
     clustered: bool = False
     measured_flops: bool = False
     read: int = 0
@@ -71,6 +74,12 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self.loss)
+
+    @property
+    def weights(self) -> Float[np.ndarray, " n"]:
+        """Of each row in the sum of Huber losses: 1 / sigma over its median, one without measured noise. Beyond its
+        threshold Huber's loss is linear, and 1 / sigma is its best weight (1 / sigma^2 that of squares)."""
+        return np.ones(len(self)) if self.sigma is None else np.median(self.sigma) / self.sigma
 
     def take(self, keep: Bool[np.ndarray, " n"], reason: str | None = None) -> "Runs":
         """The rows where `keep`; with a reason the others are counted among the dropped ones."""
@@ -258,7 +267,7 @@ def _faults(
         (f"{columns.loss} infinite (diverged)", np.isinf(loss)),
         (f"{columns.loss} zero or negative", loss <= 0),
     ]
-    for name in ("params", "samples", "flops", "unique", "budget", "lr", "also_params"):
+    for name in ("params", "samples", "flops", "unique", "budget", "lr", "also_params", "sigma"):
         if name in cells:
             column = getattr(columns, name)
             faults.append((f"{column} missing or no number", ~np.isfinite(cells[name])))

@@ -30,17 +30,19 @@ def check_trends(
     def of_run(value: np.ndarray) -> np.ndarray:
         return np.bincount(runs.cluster, value) / count
 
-    J = np.stack([of_run(column) for column in gradient.T], axis=1)
+    w = of_run(runs.weights)[:, None]
+    J = np.stack([of_run(column) for column in gradient.T], axis=1) * w
     r, limit = of_run(residual), 1e-2 if len(count) < FEW else 1e-3
-    scale = 4 * 1.4826 * float(np.median(np.abs(r)))
+    weighted = r * w[:, 0]
+    scale = 4 * 1.4826 * float(np.median(np.abs(weighted)))
     for name, axis in (("D/N", runs.samples / runs.params), ("compute", runs.flops)):
         x = np.round(of_run(np.log(axis)), 6)  # budgets differ by rounding
         low, high = np.quantile(x, [1 / 3, 2 / 3])
         thirds = np.stack([x <= low, (x > low) & (x <= high), x > high], axis=1)
         if len(x) < MIN_RUNS or not thirds.any(0).all():
             continue
-        steps, bend = thirds[:, :2].astype(float), ((x - x.mean()) ** 2)[:, None]
-        clipped = np.clip(r, -scale, scale)  # outliers are another check's
+        steps, bend = w * thirds[:, :2], w * ((x - x.mean()) ** 2)[:, None]
+        clipped = np.clip(weighted, -scale, scale)  # outliers are another check's
         chance = min(1.0, 2 * min(chance_of(J, clipped, steps), chance_of(J, clipped, bend)))
         medians = [float(np.median(r[third])) for third in thirds.T]
         if chance < limit and max(medians) - min(medians) > REACH:
