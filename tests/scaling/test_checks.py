@@ -152,7 +152,7 @@ def test_missing_steps_are_counted():
     assert [(one.check, one.value) for one in said] == [
         ("missing values", 1), ("short runs", 200), ("missing values", 2), ("warm-up", 0.5), ("missing values", 35)
     ]  # fmt: skip
-    assert [one.text[:13] for one in said[1:4:2]] == ["3 of 41 runs ", "4 of 40 runs "]
+    assert [one.text[:13] for one in said[1:4:2]] == ["3 of 41 rows ", "4 of 40 rows "]
     nothing = replace(runs, steps=np.full(42, np.nan), warmup=np.full(42, np.nan), initial_loss=np.full(42, np.nan))
     said = [*check_design(nothing, "chinchilla"), *check_untrained(nothing, 50_000)]
     assert [(one.check, one.value) for one in said] == [("missing values", 42)] * 3

@@ -349,8 +349,8 @@ def test_rows_are_no_runs(tmp_path, monkeypatch, capsys):
     loss = simulated(params, samples, 0.002, cluster=cluster).loss
     path = write(tmp_path / "runs.csv", params, samples, loss, run=cluster)
     code, said, _ = run(monkeypatch, capsys, "fit", path, *FIT, "--cluster", "run")
-    assert code == 0 and "128 rows, 128 used, of 32 runs" in said and "resamples of 32 runs" in said
-    assert "largest runs held out (28 of 128 rows, 7 of 32 runs," in said
+    assert code == 0 and "128 rows, 128 used, 32 runs" in said and "resamples of 32 runs" in said
+    assert "largest runs held out (28 of 128 rows, up" in said
 
 
 def test_nothing_imports_torch():

@@ -115,7 +115,7 @@ def _outliers(runs: Runs, residual: np.ndarray) -> list[Finding]:
         return []
     lines = ", ".join(str(line) for line in runs.line[far][:6])
     text = (
-        f"{int(far.sum())} runs lie more than 10 robust standard deviations ({scale:.2%}) off the "
+        f"{int(far.sum())} rows lie more than 10 robust standard deviations ({scale:.2%}) off the "
         f"law, up to {size.max():.1%} "
         f"(lines {lines}): diverged, or of another setting?"
     )
@@ -190,12 +190,12 @@ def _sensitivity(
     start = found.solved.theta[:1]
     said = []
     names = (
-        ("outlier influence", worst, delta, f"without the {count} runs farthest off the law", 0.03),
+        ("outlier influence", worst, delta, f"without the {count} rows farthest off the law", 0.03),
         (
             "cheapest runs",
             cheap,
             delta,
-            f"without the cheapest quarter ({int((cheap == 0).sum())} runs)",
+            f"without the cheapest quarter ({int((cheap == 0).sum())} rows)",
             0.05,
         ),
         ("delta", runs.weights, 10 * delta, f"with delta {10 * delta:g} in place of {delta:g}", 0.05),

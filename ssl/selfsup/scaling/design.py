@@ -77,7 +77,7 @@ def _repeated(runs: Runs, form: str) -> list[Finding]:
     if not count:
         return []
     text = (
-        f"{count} of {len(runs)} runs repeat their data (up to {epochs.max():.3g} epochs), which "
+        f"{count} of {len(runs)} rows repeat their data (up to {epochs.max():.3g} epochs), which "
         "this law counts as fresh; "
         "take --form repeats, or the runs of one epoch"
     )
@@ -93,7 +93,7 @@ def _short(runs: Runs) -> list[Finding]:
     if short.any():
         least = float(runs.steps[short].min())
         text = (
-            f"{int(short.sum())} of {int(there.sum())} runs have fewer than {SHORT_STEPS} steps (least {least:.0f}): "
+            f"{int(short.sum())} of {int(there.sum())} rows have fewer than {SHORT_STEPS} steps (least {least:.0f}): "
             "their loss is of the warm-up and the schedule, not of the size"
         )
         found.append(Finding("short runs", least, SHORT_STEPS, text))
@@ -106,7 +106,7 @@ def _short(runs: Runs) -> list[Finding]:
     count = int((share > WARMUP_SHARE).sum())
     if count:
         text = (
-            f"{count} of {len(share)} runs warm up for more than {WARMUP_SHARE:.0%} of "
+            f"{count} of {len(share)} rows warm up for more than {WARMUP_SHARE:.0%} of "
             f"their steps (up to {share.max():.0%})"
         )
         found.append(Finding("warm-up", float(share.max()), WARMUP_SHARE, text))
@@ -118,7 +118,7 @@ def missing(flag: str, there: Bool[np.ndarray, " n"]) -> list[Finding]:
     count = int((~there).sum())
     if not count:
         return []
-    text = f"{count} of {len(there)} runs have no usable number in the column of {flag}: of those it is not judged"
+    text = f"{count} of {len(there)} rows have no usable number in the column of {flag}: of those it is not judged"
     return [Finding("missing values", count, 0, text)]
 
 
@@ -130,7 +130,7 @@ def _target(runs: Runs) -> list[Finding]:
     if not count:
         return []
     text = (
-        f"{count} of {len(runs)} runs miss their budget by more than 1% (up to {off.max():.1%}): "
+        f"{count} of {len(runs)} rows miss their budget by more than 1% (up to {off.max():.1%}): "
         "N and D or their FLOPs "
         "are counted in another way than the budget"
     )
@@ -194,7 +194,7 @@ def check_untrained(runs: Runs, vocab: int) -> list[Finding]:
         count = int((off > 0.05 * expected).sum())
         if count:
             text = (
-                f"{count} of {len(off)} runs start at a loss up to {off.max():.3g} from ln "
+                f"{count} of {len(off)} rows start at a loss up to {off.max():.3g} from ln "
                 f"{vocab} = {expected:.3g} (more than "
                 "5%): another vocabulary, another unit (bits?), or a head that does not start at zero"
             )

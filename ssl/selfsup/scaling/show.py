@@ -43,8 +43,9 @@ def show_result(result: Result) -> None:
         )
     held = result.extrapolation
     if held is not None:
+        unit = "budgets" if result.form == "isoflop" else "rows"
         print(
-            f"\nlargest runs held out ({held['held_out']} of {held['held_out'] + held['fitted']}, "
+            f"\nlargest runs held out ({held['held_out']} of {held['held_out'] + held['fitted']} {unit}, "
             f"up to {held['reach']:.3g} times the "
             f"largest fitted): {held['error_of']} off by {held['mean_error']:.2%} on average, "
             f"{held['max_error']:.2%} at most\n"
