@@ -32,18 +32,19 @@ def shared(name: str) -> Path:
     pytest.skip(f"the published table {name} is not at hand (SELFSUP_SHARED names the folder of such data)")
 
 
-def epoch(drop: int = 5) -> Runs:
-    """Epoch's 245 points of Hoffmann et al., without the highest losses."""
-    path = shared("epoch_chinchilla_svg_extracted.csv")
-    runs = read_table(path, Columns("Model Size", "loss", flops="Training FLOP"))
+def epoch(drop: int = 5, folder: Path | None = None) -> Runs:
+    """Epoch's 245 points of Hoffmann et al., without the highest losses. `folder` has the tables."""
+    name = "epoch_chinchilla_svg_extracted.csv"
+    runs = read_table(folder / name if folder else shared(name), Columns("Model Size", "loss", flops="Training FLOP"))
     keep = np.ones(len(runs), dtype=bool)
     keep[np.argsort(runs.loss)[len(runs) - drop :]] = False
     return runs.take(keep)
 
 
-def marin(dataset: str) -> Runs:
+def marin(dataset: str, folder: Path | None = None) -> Runs:
+    name = "marin_isoflop_202603.csv"
     columns = Columns("params", "loss", "tokens", budget="budget")
-    return read_table(shared("marin_isoflop_202603.csv"), columns, [f"dataset={dataset}"])
+    return read_table(folder / name if folder else shared(name), columns, [f"dataset={dataset}"])
 
 
 def isoflop_design(

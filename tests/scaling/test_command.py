@@ -10,10 +10,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from scaling_tables import ROOT, TRUTH, isoflop_design, simulated
+from scaling_tables import ROOT, TRUTH, checkpoint_design, isoflop_design, simulated
 from selfsup import cli
 from selfsup.scaling import law
 from selfsup.scaling.result import read_result
+from selfsup.scaling.rules import steplaw
 from selfsup.scaling.speed import measured_flop_per_second
 
 FIT = ["--params", "N", "--samples", "D", "--loss", "loss", "--resamples", "200"]
@@ -140,12 +141,17 @@ def test_bnsl(tmp_path, monkeypatch, capsys):
 def test_a_plan(fitted, tmp_path, monkeypatch, capsys):
     out = tmp_path / "plan.json"
     code, said, _ = run(monkeypatch, capsys, "predict", "--fit", fitted, "--flops", "1e21", "--json", out)
-    assert code == 0 and "10 times the compute" in said and "wasted" in said and "steplaw" in said
+    assert code == 0 and "10 times the compute" in said and "wasted" in said and "learning rate" not in said
     found = json.loads(out.read_text())
     n, low, high = found["values"]["params"]
     d = found["values"]["samples"][0]
     assert low < n < high and 6 * n * d == pytest.approx(1e21)
     assert found["price"]["2"][0] > 0 and 0 < found["price"]["2"][1] < 1
+    assert found["rules"] == {}
+    words = ["predict", "--fit", fitted, "--flops", "1e21", "--rule", "porian", "steplaw", "--level", "0.975"]
+    code, said, _ = run(monkeypatch, capsys, *words, "--json", out)
+    assert code == 0 and "(97.5%)" in said and "porian" in said and "olmo" not in said
+    assert json.loads(out.read_text())["rules"]["steplaw"] == pytest.approx(steplaw(n, d))
     hours = ["predict", "--fit", fitted, "--hours", "2", "--flop-per-second", "1e17", "--json", out]
     assert run(monkeypatch, capsys, *hours)[0] == 0
     assert json.loads(out.read_text())["flops"] == pytest.approx(7.2e20)
@@ -276,6 +282,13 @@ FAULTS = [
     (["predict", "--fit", "OUT", "--at", "1e9"], "is for a fit of form bnsl"),
     (["predict", "--fit", "OUT", "--hours", "1", "--flop-per-second", "0"], "expected a positive number"),
     (["predict", "--fit", "OUT", "--flops", "1e20", "--level", "95"], "expected 0 < x < 1"),
+    (
+        ["predict", "--fit", "OUT", "--flops", "1e20", "--level", "0.9999"],
+        "--level 0.9999: expected a fit of at least 40000 resamples (4 / (1 - level)), it has 200; fit again with "
+        "--resamples 40000, or take a level of 0.98 or less",
+    ),
+    (["predict", "--fit", "OUT", "--params", "1e9", "--samples", "1e10", "--level", "0.99"], "at least 400 resamples"),
+    (["predict", "--fit", "OUT", "--params", "1e9", "--samples", "1e10", "--rule", "olmo"], "--rule: is for a plan"),
     (["report", "--fit", "OUT", "--out", "TABLE"], "cannot write it"),
 ]
 
@@ -315,6 +328,29 @@ def test_what_is_left_out_is_said(table, monkeypatch, capsys):
     code, said, _ = run(monkeypatch, capsys, "fit", table, *FIT)
     assert code == 0 and "44 rows, 42 used" in said
     assert "left out: 1 loss missing or NaN" in said and "left out: 1 D missing" in said
+
+
+def test_measured_noise(tmp_path, monkeypatch, capsys):
+    params, samples = isoflop_design(budgets=6, sizes=7, reach=5)
+    loss = simulated(params, samples, 0.001).loss
+    sigma = [*map(str, np.where(np.arange(40) % 2, 0.03, 0.002)), "", "0"]
+    path, out = write(tmp_path / "runs.csv", params, samples, loss, sd=sigma), tmp_path / "fit.json"
+    code, said, _ = run(monkeypatch, capsys, "fit", path, *FIT, "--sigma", "sd", "--json", out)
+    assert code == 0 and "rows weigh 1 / sigma over its median (--sigma): 0.533 to 8" in said
+    assert "left out: 1 sd missing or no number" in said and "left out: 1 sd zero or negative" in said
+    assert json.loads(out.read_text())["about"]["weights"] == pytest.approx([8 / 15, 8])
+    code, _, error = run(monkeypatch, capsys, "fit", path, *FIT, "--sigma", "sd", "--form", "isoflop")
+    assert code == 2 and "--sigma: is for --form chinchilla, tied, kaplan, got isoflop" in error
+
+
+def test_rows_are_no_runs(tmp_path, monkeypatch, capsys):
+    """With --cluster the text counts rows as rows: 128 checkpoints of 32 runs."""
+    params, samples, cluster = checkpoint_design()
+    loss = simulated(params, samples, 0.002, cluster=cluster).loss
+    path = write(tmp_path / "runs.csv", params, samples, loss, run=cluster)
+    code, said, _ = run(monkeypatch, capsys, "fit", path, *FIT, "--cluster", "run")
+    assert code == 0 and "128 rows, 128 used, 32 runs" in said and "resamples of 32 runs" in said
+    assert "largest runs held out (28 of 128 rows, up" in said
 
 
 def test_nothing_imports_torch():

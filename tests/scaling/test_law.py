@@ -17,7 +17,7 @@ from selfsup.scaling.isoflop import frontier, isoflop
 from selfsup.scaling.predict import predict_plan
 from selfsup.scaling.repeats import fit_repeats, repeats_problem
 from selfsup.scaling.result import loss_at
-from selfsup.scaling.rules import Setting, fixed, nanochat, olmo, porian, steplaw
+from selfsup.scaling.rules import Setting, olmo, porian, steplaw
 from selfsup.scaling.special import analyse_isoflop
 from selfsup.scaling.sweeps import fit_rule, optimal_setting
 from selfsup.scaling.table import Runs, runs_of
@@ -289,11 +289,6 @@ def test_rules():
     assert porian(15.6e6, 1e9) == Setting(pytest.approx(0.00896, rel=1e-2), pytest.approx(90_300, rel=1e-2))
     assert olmo(108e6, 1e9).lr == pytest.approx(0.00235)
     assert steplaw(1e9, 1e11).lr == pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307)
-    assert fixed(1e-3, 5e5)(1e9, 1e11) == Setting(1e-3, 5e5)
-    moved = nanochat(1e9, 1e11, Setting(0.01, 1e5), 1e10)
-    assert moved.batch == pytest.approx(1e5 * 10**0.383) and moved.lr == pytest.approx(
-        0.01 * 10 ** (0.383 / 2)
-    )
 
 
 def test_a_rule_is_recovered_from_sweeps():

@@ -81,11 +81,11 @@ def profiles_of(
     for name, which in (("alpha", 3), ("beta", 4))[: 1 if form == "tied" else 2]:
         around = theta[0, which] * np.concatenate([np.geomspace(0.25, 4.0, 13), near])
         grids[name] = (which, np.clip(around, *law.EXPONENT_RANGE))
-    ones = np.ones((1, len(runs)))
-    others = np.concatenate([theta, task.begin(np.log(runs.loss)[None], ones, 2)[0]])
+    weights = runs.weights[None]
+    others = np.concatenate([theta, task.begin(np.log(runs.loss)[None], weights, 2)[0]])
     for name, (which, values) in grids.items():
         values = np.unique(values)
-        curve = profile(task, np.log(runs.loss), which, values, others, delta)
+        curve = profile(task, np.log(runs.loss), which, values, others, delta, weights)
         curves[name] = {"value": values.tolist(), "objective": curve.objective.tolist()}
     return curves
 
@@ -101,7 +101,7 @@ def _draws(
     """Coefficients and exponents of each resample, and how many fits did not converge. None with 0 resamples."""
     if not resamples:
         return {}, 0
-    found = bootstrap(task, np.log(runs.loss)[None], runs.cluster, theta, resamples, seed, delta)
+    found = bootstrap(task, np.log(runs.loss)[None], runs.cluster, theta, resamples, seed, delta, runs.weights)
     draws = {name: value[0] for name, value in found.values.items()}
     a, b = exponents(form, draws)
     return {**draws, "a": a, "b": b}, found.unconverged
@@ -116,6 +116,7 @@ def about(runs: Runs) -> dict[str, Any]:
     return {
         "rows_read": runs.read, "rows_used": len(runs), "dropped": runs.dropped, "runs": int(runs.cluster.max()) + 1,
         "clustered": runs.clustered, "cost": list(runs.cost), "ranges": ranges,
+        "weights": None if runs.sigma is None else [float(runs.weights.min()), float(runs.weights.max())],
     }  # fmt: skip
 
 

@@ -35,14 +35,18 @@ def resample_weights(
 def bootstrap(
     task: Problem, log_loss: Float[np.ndarray, "t n"], cluster: Int[np.ndarray, " n"],
     theta: Float[np.ndarray, "t p"], resamples: int, seed: int, delta: float = DELTA,
+    row_weights: Float[np.ndarray, " n"] | None = None,
 ) -> Draws:  # fmt: skip
-    """Refits every resample from the full fit's optimum `theta` and from the best cell of its own grid.
+    """Refits every resample from the full fit's optimum `theta` and from the best cell of its own grid. A row counts
+    by how often it is drawn, times its weight.
 
     T tables (one in use, many in a simulation) share sizes, data and clusters, and differ in their losses.
     """
     generator = np.random.default_rng(seed)
     tables = len(log_loss)
     weights = np.concatenate([resample_weights(cluster, resamples, generator) for _ in range(tables)])
+    if row_weights is not None:
+        weights *= row_weights
     losses = log_loss if tables == 1 else np.repeat(log_loss, resamples, axis=0)
     found = fit(task, losses, weights, delta, keep=1, also=np.repeat(theta, resamples, axis=0))
     values = task.coefficients(found.solved.theta)

@@ -16,6 +16,7 @@ from selfsup.scaling.finding import Finding
 from selfsup.scaling.fit import Fitted, Problem, exponents, fit, fit_runs, predict
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
+from selfsup.scaling.trend import check_trends
 
 LOOSE, LOOSE_REFUSED = 0.1, 0.4
 """Widths of the 95% interval of a: above the first it is told, above the second the law is refused."""
@@ -30,7 +31,7 @@ def check_fit(
         *check_convergence(found),
         *_bounds(form, runs, values),
         *_condition(task, found),
-        *_trends(runs, residual),
+        *check_trends(runs, task.model(found.solved.theta)[1][0].T, residual),
         *_outliers(runs, residual),
         *_same_run(runs, residual),
         *_curves(runs, residual),
@@ -48,7 +49,7 @@ def check_repeats(
         *check_convergence(found),
         *_bounds("chinchilla", runs, values),
         *_condition(base, found),
-        *_trends(runs, residual),
+        *check_trends(runs, task.model(found.solved.theta)[1][0].T, residual),
         *_outliers(runs, residual),
         *_same_run(runs, residual),
     ]
@@ -106,41 +107,15 @@ def _condition(task: Problem, found: Fitted) -> list[Finding]:
     return [Finding("condition", number, 300, text, refuses=number > 3000)]
 
 
-def _trends(runs: Runs, residual: np.ndarray) -> list[Finding]:
-    """Residuals by thirds of D/N and of compute: the same median everywhere?"""
-    found = []
-    for name, axis in (("D/N", runs.samples / runs.params), ("compute", runs.flops)):
-        if len(np.unique(axis)) < 12:
-            continue
-        cuts = np.quantile(axis, [1 / 3, 2 / 3])
-        thirds = [
-            residual[axis <= cuts[0]],
-            residual[(axis > cuts[0]) & (axis <= cuts[1])],
-            residual[axis > cuts[1]],
-        ]
-        chance = float(stats.kruskal(*thirds).pvalue)
-        medians = [float(np.median(third)) for third in thirds]
-        reach = max(medians) - min(medians)
-        if chance < 1e-3 and reach > 2e-3:
-            shown = ", ".join(f"{median:+.2%}" for median in medians)
-            text = (
-                f"residuals depend on {name}: median {shown} in its lower, middle and upper third "
-                f"(by chance {chance:.1g}): "
-                "the form is wrong there, or those runs are trained less well"
-            )
-            found.append(Finding(f"trend with {name}", chance, 1e-3, text))
-    return found
-
-
 def _outliers(runs: Runs, residual: np.ndarray) -> list[Finding]:
-    scale = 1.4826 * float(np.median(np.abs(residual)))
+    scale = 1.4826 * float(np.median(np.abs(residual) * runs.weights))
     size = np.abs(residual)
-    far = (size > 10 * scale) & (size > 0.02)
+    far = (size * runs.weights > 10 * scale) & (size > 0.02)
     if not far.any():
         return []
     lines = ", ".join(str(line) for line in runs.line[far][:6])
     text = (
-        f"{int(far.sum())} runs lie more than 10 robust standard deviations ({scale:.2%}) off the "
+        f"{int(far.sum())} rows lie more than 10 robust standard deviations ({scale:.2%}) off the "
         f"law, up to {size.max():.1%} "
         f"(lines {lines}): diverged, or of another setting?"
     )
@@ -208,22 +183,22 @@ def _sensitivity(
     """How far the exponent a moves without the worst 2% of the runs, without the cheapest quarter, at ten times delta."""
     log_loss, n = np.log(runs.loss)[None], len(runs)
     a = float(exponents(form, values)[0])
-    worst, cheap = np.ones(n), np.ones(n)
+    worst, cheap = runs.weights, runs.weights
     count = max(1, round(0.02 * n))
-    worst[np.argsort(-np.abs(residual))[:count]] = 0
+    worst[np.argsort(-np.abs(residual) * runs.weights)[:count]] = 0
     cheap[runs.flops < np.quantile(runs.flops, 0.25)] = 0
     start = found.solved.theta[:1]
     said = []
     names = (
-        ("outlier influence", worst, delta, f"without the {count} runs farthest off the law", 0.03),
+        ("outlier influence", worst, delta, f"without the {count} rows farthest off the law", 0.03),
         (
             "cheapest runs",
             cheap,
             delta,
-            f"without the cheapest quarter ({int((cheap == 0).sum())} runs)",
+            f"without the cheapest quarter ({int((cheap == 0).sum())} rows)",
             0.05,
         ),
-        ("delta", np.ones(n), 10 * delta, f"with delta {10 * delta:g} in place of {delta:g}", 0.05),
+        ("delta", runs.weights, 10 * delta, f"with delta {10 * delta:g} in place of {delta:g}", 0.05),
     )
     for name, weights, threshold, what, limit in names:
         if (weights > 0).sum() <= len(task.bounds[0]):

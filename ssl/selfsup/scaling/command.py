@@ -29,6 +29,7 @@ _N_AND_D = ("chinchilla", "tied", "kaplan")
 _ONLY_FOR = {
     "--base": ("repeats",),
     "--also-params": _N_AND_D,
+    "--sigma": _N_AND_D,
     "--budget": (*_N_AND_D, "repeats", "isoflop"),
     "--unique": (*_N_AND_D, "repeats", "isoflop"),
     "--steps": (*_N_AND_D, "repeats", "isoflop"),
@@ -52,6 +53,7 @@ def main_fit(
     warmup: Column = None,
     initial_loss: Column = None,
     also_params: Column = None,
+    sigma: Column = None,
     form: Form = "chinchilla",
     where: tuple[str, ...] = (),
     drop_highest: int = 0,
@@ -81,6 +83,7 @@ def main_fit(
         warmup: warm-up steps.
         initial_loss: loss before training, with --vocab.
         also_params: parameters counted otherwise; says what that changes.
+        sigma: measured standard deviation of a row's log loss; rows weigh 1 / sigma.
         form: bnsl takes one axis, one of --params, --samples, --flops.
         where: COLUMN=VALUE conditions on rows.
         drop_highest: leave out so many of the highest losses.
@@ -106,13 +109,13 @@ def main_fit(
     _positive("--seed", seed, 0)
     _axes(form, params, samples, flops)
     _unused(form, {"--base": base, "--also-params": also_params, "--budget": budget, "--unique": unique,
-                   "--steps": steps, "--warmup": warmup})  # fmt: skip
+                   "--steps": steps, "--warmup": warmup, "--sigma": sigma})  # fmt: skip
     if warmup is not None and steps is None:
         raise ValueError("--warmup: expected --steps too, of which it is a share")
     if initial_loss is not None and vocab is None:
         raise ValueError("--initial-loss: expected --vocab too, whose logarithm it is held against")
     columns = Columns(
-        params, loss, samples, flops, budget, cluster, unique, lr, steps, warmup, initial_loss, also_params
+        params, loss, samples, flops, budget, cluster, unique, lr, steps, warmup, initial_loss, also_params, sigma
     )
     runs = read_table(table, columns, where, flops_per)
     if drop_highest:
@@ -194,6 +197,7 @@ def main_predict(
     samples: float | None = None,
     at: float | None = None,
     level: float = 0.95,
+    rule: tuple[Literal["porian", "olmo", "steplaw"], ...] = (),
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
 ) -> None:
     """What to train with a compute: size, data, loss, each with its interval; and what missing the size costs.
@@ -208,6 +212,7 @@ def main_predict(
         params: with --samples, predicts the loss of that run instead of a plan.
         at: for a bnsl fit, the value of its axis.
         level: of the intervals.
+        rule: with a plan, its learning rate and batch by these rules for language models in tokens.
         json: the prediction as a file.
     """
     if not 0 < level < 1:
@@ -221,6 +226,8 @@ def main_predict(
         raise ValueError(
             f"expected one of --flops C, --hours T, --params N with --samples D, --at X; got {ways}"
         )
+    if rule and flops is None and hours is None:
+        raise ValueError("--rule: is for a plan, expected --flops C or --hours T")
     if at is not None:
         found = predict_axis(result, at, level)
     elif params is not None and samples is not None:
@@ -229,7 +236,7 @@ def main_predict(
         if hours is not None:
             flops, said = _compute(hours, flop_per_second, utilisation)
         assert flops is not None
-        found = predict_plan(result, flops, level, unique_samples)
+        found = predict_plan(result, flops, level, unique_samples, rule)
     found.notes[:0] = said
     if json is not None:
         write_json(asdict(found), json)

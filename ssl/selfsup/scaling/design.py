@@ -1,10 +1,11 @@
 """Doubts about a table that need no fit: what the runs cannot tell, whatever law is fitted."""
 
 import numpy as np
+from jaxtyping import Bool
 
 from selfsup.scaling.finding import Finding
 from selfsup.scaling.isoflop import isoflop
-from selfsup.scaling.table import Runs
+from selfsup.scaling.table import Runs, same_cell
 
 SHORT_STEPS = 600
 WARMUP_SHARE = 0.2
@@ -76,7 +77,7 @@ def _repeated(runs: Runs, form: str) -> list[Finding]:
     if not count:
         return []
     text = (
-        f"{count} of {len(runs)} runs repeat their data (up to {epochs.max():.3g} epochs), which "
+        f"{count} of {len(runs)} rows repeat their data (up to {epochs.max():.3g} epochs), which "
         "this law counts as fresh; "
         "take --form repeats, or the runs of one epoch"
     )
@@ -84,27 +85,41 @@ def _repeated(runs: Runs, form: str) -> list[Finding]:
 
 
 def _short(runs: Runs) -> list[Finding]:
-    found = []
     if runs.steps is None:
+        return []
+    there = np.isfinite(runs.steps) & (runs.steps > 0)
+    found = missing("--steps", there)
+    short = there & (runs.steps < SHORT_STEPS)
+    if short.any():
+        least = float(runs.steps[short].min())
+        text = (
+            f"{int(short.sum())} of {int(there.sum())} rows have fewer than {SHORT_STEPS} steps (least {least:.0f}): "
+            "their loss is of the warm-up and the schedule, not of the size"
+        )
+        found.append(Finding("short runs", least, SHORT_STEPS, text))
+    if runs.warmup is None:
         return found
-    count = int((runs.steps < SHORT_STEPS).sum())
+    known = np.isfinite(runs.warmup) & (runs.warmup >= 0)
+    found += missing("--warmup", known)
+    known &= there
+    share = runs.warmup[known] / runs.steps[known]
+    count = int((share > WARMUP_SHARE).sum())
     if count:
         text = (
-            f"{count} of {len(runs)} runs have fewer than {SHORT_STEPS} steps (least "
-            f"{runs.steps.min():.0f}): their loss is "
-            "of the warm-up and the schedule, not of the size"
+            f"{count} of {len(share)} rows warm up for more than {WARMUP_SHARE:.0%} of "
+            f"their steps (up to {share.max():.0%})"
         )
-        found.append(Finding("short runs", float(runs.steps.min()), SHORT_STEPS, text))
-    if runs.warmup is not None:
-        share = runs.warmup / runs.steps
-        count = int((share > WARMUP_SHARE).sum())
-        if count:
-            text = (
-                f"{count} of {len(runs)} runs warm up for more than {WARMUP_SHARE:.0%} of "
-                f"their steps (up to {share.max():.0%})"
-            )
-            found.append(Finding("warm-up", float(share.max()), WARMUP_SHARE, text))
+        found.append(Finding("warm-up", float(share.max()), WARMUP_SHARE, text))
     return found
+
+
+def missing(flag: str, there: Bool[np.ndarray, " n"]) -> list[Finding]:
+    """Rows without a usable number in a column that is only judged: they stay in the fit, and are counted."""
+    count = int((~there).sum())
+    if not count:
+        return []
+    text = f"{count} of {len(there)} rows have no usable number in the column of {flag}: of those it is not judged"
+    return [Finding("missing values", count, 0, text)]
 
 
 def _target(runs: Runs) -> list[Finding]:
@@ -115,7 +130,7 @@ def _target(runs: Runs) -> list[Finding]:
     if not count:
         return []
     text = (
-        f"{count} of {len(runs)} runs miss their budget by more than 1% (up to {off.max():.1%}): "
+        f"{count} of {len(runs)} rows miss their budget by more than 1% (up to {off.max():.1%}): "
         "N and D or their FLOPs "
         "are counted in another way than the budget"
     )
@@ -141,9 +156,9 @@ def _flops(runs: Runs) -> list[Finding]:
 
 
 def seed_spread(runs: Runs) -> tuple[float, int]:
-    """The pooled standard deviation of losses of repeated cells (same N, D, data), and its degrees of freedom."""
-    keys = [runs.params, runs.samples] + [v for v in (runs.unique, runs.lr) if v is not None]
-    cell = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)[1].ravel()
+    """The pooled standard deviation of losses of repeated cells (N, D, distinct data and rate within 1%), and its
+    degrees of freedom."""
+    cell = same_cell(runs.params, runs.samples, runs.unique, runs.lr)
     count = np.bincount(cell)
     mean = np.bincount(cell, runs.loss) / count
     freedom = int((count - 1).sum())
@@ -173,11 +188,13 @@ def check_untrained(runs: Runs, vocab: int) -> list[Finding]:
     expected = float(np.log(vocab))
     found = []
     if runs.initial_loss is not None:
-        off = np.abs(runs.initial_loss - expected)
+        there = np.isfinite(runs.initial_loss)
+        found += missing("--initial-loss", there)
+        off = np.abs(runs.initial_loss[there] - expected)
         count = int((off > 0.05 * expected).sum())
         if count:
             text = (
-                f"{count} of {len(runs)} runs start at a loss up to {off.max():.3g} from ln "
+                f"{count} of {len(off)} rows start at a loss up to {off.max():.3g} from ln "
                 f"{vocab} = {expected:.3g} (more than "
                 "5%): another vocabulary, another unit (bits?), or a head that does not start at zero"
             )

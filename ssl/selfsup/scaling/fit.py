@@ -127,7 +127,7 @@ def fit_runs(form: str, runs: Runs, delta: float = DELTA) -> tuple[dict[str, flo
         raise ValueError(
             f"--form {form} has {needed} parameters: expected at least {needed} rows, got {len(runs)}"
         )
-    found = fit(task, np.log(runs.loss)[None], np.ones((1, len(runs))), delta)
+    found = fit(task, np.log(runs.loss)[None], runs.weights[None], delta)
     values = task.coefficients(found.solved.theta)
     return {name: float(value[0]) for name, value in values.items()}, found
 

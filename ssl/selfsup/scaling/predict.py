@@ -1,6 +1,7 @@
 """`selfsup scaling predict`: from a fit and a compute to a size, an amount of data, a loss, each with its interval."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +32,12 @@ class Prediction:
 
 
 def predict_plan(
-    result: Result, flops: float, level: float = 0.95, unique: float | None = None
+    result: Result, flops: float, level: float = 0.95, unique: float | None = None, rules: Sequence[str] = ()
 ) -> Prediction:
-    """What to train with this compute. Raises ValueError where the fit was refused, or knows no N and D."""
+    """What to train with this compute; `rules` name those of `rules.PUBLISHED` that are asked for.
+
+    Raises ValueError where the fit was refused, or knows no N and D, and for a level that its draws do not reach.
+    """
     if result.form == "bnsl":
         raise ValueError(
             "a bnsl fit knows one axis: give --at VALUE (of its axis) in place of --flops or --hours"
@@ -65,8 +69,19 @@ def predict_plan(
     n, d = float(best.params), float(best.samples)
     if result.form != "isoflop":
         notes += _cost_notes(result, flops, cost, n)
-    rules = {name: list(rule(n, d)) for name, rule in PUBLISHED.items()}
-    return Prediction(flops, level, values, prices, rules, notes)
+    return Prediction(flops, level, values, prices, {name: list(PUBLISHED[name](n, d)) for name in rules}, notes)
+
+
+def _enough(result: Result, level: float) -> None:
+    """Raises ValueError where an end of the interval would rest on fewer than two draws: the outermost draw of 300 is
+    no quantile of 0.005%."""
+    needed = math.ceil(round(4 / (1 - level), 6))
+    have = len(next(iter(result.draws.values())))
+    if have < needed:
+        raise ValueError(
+            f"--level {level:g}: expected a fit of at least {needed} resamples (4 / (1 - level)), it has {have}; "
+            f"fit again with --resamples {needed}, or take a level of {math.floor((1 - 4 / have) * 1e4) / 1e4:g} or less"
+        )
 
 
 def _limited(
@@ -204,4 +219,5 @@ def _with_interval(best: Plan, drawn: Plan, result: Result, level: float) -> dic
 def _triple(value: Any, drawn: np.ndarray, result: Result, level: float) -> list[float | None]:
     if not result.draws:
         return [float(value), None, None]
+    _enough(result, level)
     return [float(value), *interval(np.nan_to_num(np.asarray(drawn), posinf=1e300), level)]

@@ -22,7 +22,7 @@ class Profile(NamedTuple):
 
 def profile(
     task: Problem, log_loss: Float[np.ndarray, " n"], which: int, values: Float[np.ndarray, " v"],
-    others: Float[np.ndarray, "s p"], delta: float = DELTA,
+    others: Float[np.ndarray, "s p"], delta: float = DELTA, weights: Float[np.ndarray, "1 n"] | None = None,
 ) -> Profile:  # fmt: skip
     """Parameter `which` of the solver's theta at each of `values`, the rest fitted from each row of `others`."""
     count, starts = len(values), len(others)
@@ -30,7 +30,8 @@ def profile(
     theta[:, which] = np.repeat(values, starts)
     bounds = np.repeat(task.bounds[:, None], len(theta), axis=1)
     bounds[:, :, which] = theta[:, which]
-    found = solve(task.model, theta, log_loss[None], np.ones((1, len(log_loss))), bounds, delta, max_steps=60)
+    weights = np.ones((1, len(log_loss))) if weights is None else weights
+    found = solve(task.model, theta, log_loss[None], weights, bounds, delta, max_steps=60)
     objective = found.objective.reshape(count, starts)
     best = np.arange(count) * starts + objective.argmin(1)
     return Profile(values, objective.min(1), found.theta[best])

@@ -34,16 +34,5 @@ def steplaw(params: float, samples: float) -> Setting:
     return Setting(1.79 * params**-0.713 * samples**0.307, 0.58 * samples**0.571)
 
 
-def nanochat(params: float, samples: float, reference: Setting, reference_samples: float) -> Setting:
-    """From a tuned reference run: batch grows as D^0.383, the learning rate as its root."""
-    batch = reference.batch * (samples / reference_samples) ** 0.383
-    return Setting(reference.lr * (batch / reference.batch) ** 0.5, batch)
-
-
-def fixed(lr: float, batch: float) -> Rule:
-    """The same for all sizes."""
-    return lambda params, samples: Setting(lr, batch)
-
-
 PUBLISHED: dict[str, Rule] = {"porian": porian, "olmo": olmo, "steplaw": steplaw}
-"""Rules that need no reference run."""
+"""By the names that `predict --rule` takes."""

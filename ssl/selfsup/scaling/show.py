@@ -19,6 +19,9 @@ def show_result(result: Result) -> None:
     print(f"{about['table']}: {about['rows_read']} rows, {about['rows_used']} used, {about['runs']} runs")
     for reason, count in about["dropped"].items():
         print(f"  left out: {count} {reason}")
+    if about.get("weights"):
+        least, most = about["weights"]
+        print(f"  rows weigh 1 / sigma over its median (--sigma): {least:.3g} to {most:.3g}")
     print(f"\n{result.form}: {_LAWS[result.form]}")
     if result.form != "isoflop":
         starts = f"; {about['starts_agreed']} of {about['starts']} starts agree" if "starts" in about else ""
@@ -40,8 +43,9 @@ def show_result(result: Result) -> None:
         )
     held = result.extrapolation
     if held is not None:
+        unit = "budgets" if result.form == "isoflop" else "rows"
         print(
-            f"\nlargest runs held out ({held['held_out']} of {held['held_out'] + held['fitted']}, "
+            f"\nlargest runs held out ({held['held_out']} of {held['held_out'] + held['fitted']} {unit}, "
             f"up to {held['reach']:.3g} times the "
             f"largest fitted): {held['error_of']} off by {held['mean_error']:.2%} on average, "
             f"{held['max_error']:.2%} at most\n"
@@ -62,7 +66,12 @@ def _range(ends: list[float | None] | None) -> str:
     if ends is None or len(ends) < 3:
         return ""
     low, high, level = ends
-    return f"{_number(low)} to {'no bound' if high is None else _number(high)} ({level:.0%})"
+    return f"{_number(low)} to {'no bound' if high is None else _number(high)} ({_percent(level)})"
+
+
+def _percent(level: float) -> str:
+    """0.999 is 99.9%, not 100%."""
+    return f"{100 * level:.10g}%"
 
 
 def show_prediction(found: Prediction) -> None:
@@ -71,7 +80,7 @@ def show_prediction(found: Prediction) -> None:
         print(f"compute {found.flops:.4g} FLOPs")
     names = {"params": "parameters N", "samples": "samples D", "loss": "loss", "epochs": "epochs"}
     for name, (value, low, high) in found.values.items():
-        interval = "" if low is None else f"   {_number(low)} to {_number(high)} ({found.level:.0%})"
+        interval = "" if low is None else f"   {_number(low)} to {_number(high)} ({_percent(found.level)})"
         print(f"  {names[name]:13} {_number(value):>11}{interval}")
     if found.price:
         print("\nanother size at the same compute costs")

@@ -8,49 +8,57 @@ import numpy as np
 from jaxtyping import Float
 
 from selfsup.scaling.finding import Finding
-from selfsup.scaling.table import Runs
+from selfsup.scaling.table import Runs, same_cell
 
 
 def best_learning_rates(runs: Runs) -> tuple[Runs, list[Finding]]:
-    """Of each cell (N, D, unique) the runs at its best learning rate (by the mean over repeats); without a column the
-    runs as they are."""
+    """Of each cell (N, D, unique, each within 1%) the runs at its best learning rate (by the mean over repeats);
+    without a column the runs as they are."""
     if runs.lr is None:
         return runs, []
-    keys = [runs.params, runs.samples] + ([runs.unique] if runs.unique is not None else [])
-    cell = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)[1].ravel()
+    cell = same_cell(runs.params, runs.samples, runs.unique)
+    rate = same_cell(runs.lr)
     keep, counts, edges, gains = np.zeros(len(runs), dtype=bool), [], [], []
     for code in range(int(cell.max()) + 1):
         rows = cell == code
-        rates = np.unique(runs.lr[rows])
-        mean = np.array([runs.loss[rows & (runs.lr == rate)].mean() for rate in rates])
+        rates = np.unique(rate[rows])  # codes ascend with the rate
+        mean = np.array([runs.loss[rows & (rate == one)].mean() for one in rates])
         best = int(mean.argmin())
-        keep |= rows & (runs.lr == rates[best])
+        keep |= rows & (rate == rates[best])
         counts.append(len(rates))
         if len(rates) > 1:
             edges.append(best in (0, len(rates) - 1))
             gains.append(float(mean.max() - mean.min()))
-    found = []
+    found = _unswept(runs, int(rate.max()) + 1) if max(counts) == 1 else []
     if min(counts) < max(counts):
         text = (
             f"cells were tried with {min(counts)} to {max(counts)} learning rates: the best of "
-            "more tries is lower, so unequal "
-            "sweeps bend the law; give every cell the same sweep or none"
+            "more tries is lower, so unequal sweeps bend the law; give every cell the same sweep or none"
         )
         found.append(Finding("unequal sweeps", max(counts) / min(counts), 1, text))
     if any(edges):
         share = float(np.mean(edges))
         text = (
             f"in {sum(edges)} of {len(edges)} swept cells the best learning rate is the lowest or "
-            "highest tried (the sweeps move "
-            f"the loss by up to {max(gains):.3g}): the optimum lies outside; widen them"
+            f"highest tried (the sweeps move the loss by up to {max(gains):.3g}): the optimum lies outside; widen them"
         )
         found.append(Finding("sweep edge", share, 0, text))
-    elif max(counts) == 1 and len(np.unique(runs.lr)) == 1 and len(np.unique(runs.params)) > 1:
-        text = (
-            f"one learning rate ({runs.lr[0]:.3g}) for all sizes: what is optimal for one is not for another"
-        )
-        found.append(Finding("one learning rate", 1, 2, text))
     return runs.take(keep, "not at the best learning rate of their cell"), found
+
+
+def _unswept(runs: Runs, rates: int) -> list[Finding]:
+    """Where no cell was tried at two rates: one rate for all sizes, or rates that nothing compares."""
+    low, high = float(runs.lr.min()), float(runs.lr.max())
+    if rates > 1:
+        text = (
+            f"{rates} learning rates ({low:.3g} to {high:.3g}), and no cell (N, D) was tried at two: nothing says that "
+            "each is the best of its cell; try a smaller and a larger one at the smallest and the largest size"
+        )
+        return [Finding("no sweep", 1, 2, text)]
+    if len(np.unique(same_cell(runs.params))) == 1:
+        return []
+    text = f"one learning rate ({low:.3g}) for all sizes: what is optimal for one is not for another"
+    return [Finding("one learning rate", 1, 2, text)]
 
 
 def optimal_setting(

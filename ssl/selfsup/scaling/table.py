@@ -17,6 +17,8 @@ from selfsup.scaling.cost import CONSTANT, Cost, fit_cost
 
 FLOPS_PER = 6.0
 """FLOPs per parameter and sample where the table does not say: 2 forward, 4 backward."""
+SAME = 0.01
+"""Sizes, data and learning rates that differ by less are one cell's."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Columns:
     flops: of the whole training. budget: the nominal compute of an isoFLOP grid. cluster: names the run a row
     belongs to. lr, steps, warmup (in steps), initial_loss: for the checks that need them.
     also_params: parameters counted otherwise (without embeddings), to see what that changes.
+    sigma: measured standard deviation of the row's log loss, for its weight.
     """
 
     params: str | None
@@ -41,6 +44,7 @@ class Columns:
     warmup: str | None = None
     initial_loss: str | None = None
     also_params: str | None = None
+    sigma: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Runs:
     warmup: Float[np.ndarray, " n"] | None = None
     initial_loss: Float[np.ndarray, " n"] | None = None
     also_params: Float[np.ndarray, " n"] | None = None
+    sigma: Float[np.ndarray, " n"] | None = None
     clustered: bool = False
     measured_flops: bool = False
     read: int = 0
@@ -69,6 +74,12 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self.loss)
+
+    @property
+    def weights(self) -> Float[np.ndarray, " n"]:
+        """Of each row in the sum of Huber losses: 1 / sigma over its median, one without measured noise. Beyond its
+        threshold Huber's loss is linear, and 1 / sigma is its best weight (1 / sigma^2 that of squares)."""
+        return np.ones(len(self)) if self.sigma is None else np.median(self.sigma) / self.sigma
 
     def take(self, keep: Bool[np.ndarray, " n"], reason: str | None = None) -> "Runs":
         """The rows where `keep`; with a reason the others are counted among the dropped ones."""
@@ -95,6 +106,27 @@ def runs_of(
         params, samples, FLOPS_PER * params * samples, loss, codes, np.arange(n) + 2, read=n,
         clustered=cluster is not None,
     )  # fmt: skip
+
+
+def same_cell(*keys: Float[np.ndarray, " n"] | None, within: float = SAME) -> Int[np.ndarray, " n"]:
+    """A code for each row, equal where all keys agree within 1%: N and D that were counted or rounded in two ways are
+    one cell. A key that is None (no such column) is left out.
+
+    Each key is sorted and cut where it exceeds the least of its group by more than that, within the groups of the
+    keys before it: by steps from one row to the next, a table of many sizes would be one cell.
+    """
+    given = [np.log(key) for key in keys if key is not None]
+    codes = np.zeros(len(given[0]), dtype=np.int64)
+    for key in given:
+        order = np.lexsort((key, codes))
+        group, start, code = -1, -np.inf, -1
+        split = np.empty_like(codes)
+        for index in order:
+            if codes[index] != group or key[index] > start + np.log1p(within):
+                group, start, code = codes[index], key[index], code + 1
+            split[index] = code
+        codes = split
+    return codes
 
 
 def read_table(
@@ -235,7 +267,7 @@ def _faults(
         (f"{columns.loss} infinite (diverged)", np.isinf(loss)),
         (f"{columns.loss} zero or negative", loss <= 0),
     ]
-    for name in ("params", "samples", "flops", "unique", "budget", "lr", "also_params"):
+    for name in ("params", "samples", "flops", "unique", "budget", "lr", "also_params", "sigma"):
         if name in cells:
             column = getattr(columns, name)
             faults.append((f"{column} missing or no number", ~np.isfinite(cells[name])))
