@@ -1,4 +1,4 @@
-"""IsoFLOP optima: intervals that cover, budgets that are there or not, exponents that no optimum has, what is left out."""
+"""IsoFLOP optima: intervals that cover, budgets that are there or not, impossible exponents, what is left out."""
 
 from dataclasses import replace
 from functools import cache
@@ -13,6 +13,8 @@ from selfsup.scaling.bootstrap import interval, resample_weights
 from selfsup.scaling.fit import exponents
 from selfsup.scaling.isoflop import PART, Isoflop, budgets, isoflop, resampled
 from selfsup.scaling.isoflop_form import analyse_isoflop
+from selfsup.scaling.report import _facts
+from selfsup.scaling.show import show_result
 from selfsup.scaling.table import runs_of
 
 A = float(exponents("chinchilla", TRUTH)[0])
@@ -85,7 +87,7 @@ def by_rows(runs, found: Isoflop, resamples, generator):
 
 
 def test_resampling_rows_is_caught():
-    """It loses budgets, and most of what is left has too wide intervals: 80% intervals hold the truth in nearly all."""
+    """It loses budgets, and the intervals of what is left are too wide."""
     lossy = drawn("few", by_rows)
     assert np.mean([np.isnan(row).mean() for row in lossy]) > 0.1
     with pytest.raises(AssertionError):
@@ -224,7 +226,8 @@ def test_a_budget_of_three_runs_has_no_interval():
     assert found(result)["few clusters"] and not result.intervals and not result.draws
 
 
-def test_what_curves_leave_out_is_in_every_result():
+def test_what_curves_leave_out_is_in_every_result(capsys):
+    """In the file, on the screen, in the report."""
     runs = parabolas(0.5, noise=1e-3)
     few = np.ones(35, dtype=bool)
     few[:4] = False  # three sizes of the least budget are left
@@ -240,3 +243,9 @@ def test_what_curves_leave_out_is_in_every_result():
                 "budgets whose parabola has no minimum near the sizes": 1,
             },
         }
+        result.about["table"] = "runs.csv"
+        show_result(result)
+        said = capsys.readouterr().out
+        assert "isoFLOP curves of 4 budgets" in said and "1 budgets with fewer than 4 sizes" in said
+        facts = dict(_facts(result.about))
+        assert facts["not among them: budgets whose parabola has no minimum near the sizes"] == "1"

@@ -22,7 +22,7 @@ def make_result(
     at: dict[str, float], facts: dict[str, Any],
     ends: Mapping[str, Any] | None = None, curves: Isoflop | None = None,
 ) -> Result:  # fmt: skip
-    """A Result. `at`: where its anchor is. `ends`: intervals, where they are not those of the draws. `facts` joins `about`.
+    """A Result; its anchor is `at`, `ends` are the intervals where they are not the draws', `facts` join `about`.
 
     Raises ValueError where a coefficient, or the loss predicted at the anchor, is not finite.
     """

@@ -61,12 +61,13 @@ def _at_bounds(task: Problem, theta: np.ndarray, values: dict[str, float], runs:
     margin = 0.01 * (high - low)
     for place, name in ((2, "c0"), (3, "c1")):
         if theta[place] >= high[place] - margin[place] or theta[place] <= low[place] + 1e-3 * margin[place]:
-            text = f"{name} = {values[name]:.3g} lies at the end of the range searched ({low[place]:g} to {high[place]:g})"
+            ends = f"{low[place]:g} to {high[place]:g}"
+            text = f"{name} = {values[name]:.3g} lies at the end of the range searched ({ends}): not identified"
             zero = name == "c0" and theta[place] < 1  # flat before the break: a law, if an odd one
             said.append(Finding("exponent at bound", values[name], low[place], text, refuses=not zero))
     for place, name, what in ((4, "d1", "place"), (5, "f1", "width")):
         if not low[place] + margin[place] < theta[place] < high[place] - margin[place]:
-            text = f"{name} = {values[name]:.3g}: the break's {what} lies at the end of what was searched: not identified"
+            text = f"{name} = {values[name]:.3g}: the break's {what} is at the end of what was searched: not identified"
             said.append(Finding("unidentified break", values[name], float(np.exp(high[place] - low[place])), text))
     least = float(runs.loss.min())
     if values["a"] <= 1e-3 * least:

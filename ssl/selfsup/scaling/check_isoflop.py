@@ -68,7 +68,7 @@ def check_isoflop(found: Isoflop, a: float | None, runs: Runs, own: bool) -> lis
 
 
 def check_own(a: float, held: Mapping[str, Any] | None) -> list[Finding]:
-    """Of the isoFLOP form itself: an exponent that no optimum has, and a size that the smaller budgets do not foretell."""
+    """Of the isoFLOP form itself: an exponent that no optimum has, a size that smaller budgets do not foretell."""
     said = []
     if not 0 < a < 1:
         text = f"a = {a:.2f} is outside 0 to 1: with more compute the optimal size or the optimal data would shrink"

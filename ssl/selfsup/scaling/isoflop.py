@@ -18,7 +18,7 @@ MIN_AKIMA = 5
 FAR = float(np.log(100.0))
 """A parabola whose vertex is a hundredfold beyond the sizes has no minimum that the runs know of."""
 GAP, WIDEST = 0.02, 0.1
-"""Without a budget column, runs are of one budget that follow each other in log C by no more than GAP, WIDEST in all."""
+"""Without a budget column, runs of one budget follow each other in log C by no more than GAP; WIDEST in all."""
 PART, CROWDED = 0.4, 1.5
 """Such budgets are believed where they hold this part of the runs, and where so many times as many pairs of runs are
 within 3% in C as those within 30% would give if C varied continuously (1, give or take; 10 for exact budgets)."""
@@ -73,7 +73,8 @@ def budgets(runs: Runs) -> tuple[Float[np.ndarray, " k"], Int[np.ndarray, " n"]]
         if np.ptp(np.log(runs.flops[rows])) <= WIDEST and len(np.unique(runs.params[rows])) >= MIN_SIZES
     ]
     codes = np.full(len(runs), -1, dtype=np.int64)
-    near, far = (int((np.searchsorted(log_c, log_c + h, "right") - np.arange(len(runs)) - 1).sum()) for h in (0.03, 0.3))
+    rank = np.arange(len(runs)) + 1
+    near, far = (int((np.searchsorted(log_c, log_c + h, "right") - rank).sum()) for h in (0.03, 0.3))
     if len(groups) < 2 or sum(map(len, groups)) < PART * len(runs) or 10 * near < CROWDED * far:
         return np.empty(0), codes
     for code, rows in enumerate(groups):
@@ -209,8 +210,8 @@ def resampled(
 
 
 def _errors(x: np.ndarray, y: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Matrices that take losses to residuals off their parabola, I - H, and to these as large as the errors are: over
-    sqrt(1 - h), for several rows of a cluster times (I - H)^(-1/2), (2, n, n). And the vertex's gradient in each loss."""
+    """Matrices (2, n, n) that take losses to residuals off their parabola, I - H, and to these as large as the errors
+    are: over sqrt(1 - h), of several rows of a cluster times (I - H)^(-1/2). And the vertex's gradient, (n,)."""
     z = x - x.mean()
     basis = np.linalg.qr(np.stack([np.ones_like(x), z, z**2], axis=1))[0]
     residual = np.eye(len(x)) - basis @ basis.T

@@ -27,7 +27,7 @@ FRESH = 1.001
 
 
 def repeats_problem(runs: Runs, base: Mapping[str, float], delta: float = DELTA) -> Problem:
-    """The law of repeats on these runs, for the solver; theta = (log R_D, log R_N). Starts are ranked at `delta`."""
+    """The law of repeats on these runs, for the solver; theta = (log R_D, log R_N); starts are ranked at `delta`."""
     assert runs.unique is not None
     model = law.repeats_model(base, runs.params, runs.samples, runs.unique)
     log_limits = np.log(LIMITS)
@@ -87,7 +87,8 @@ def joint_problem(
 ) -> Problem:
     """Base law and half-lives together; theta = (E, A', B', alpha, beta, log R_D, log R_N).
 
-    Starts are the best of each of `bases` with half-lives on a grid, ranked at `delta`. `joint_theta` and `coefficients` translate.
+    Starts are the best, at `delta`, of each of `bases` with half-lives on a grid. `joint_theta` and `coefficients`
+    translate.
     """
     assert runs.unique is not None
     x, y = np.log(runs.params), np.log(runs.samples)

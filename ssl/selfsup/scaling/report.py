@@ -131,7 +131,8 @@ def _facts(about: dict[str, Any]) -> list[tuple[str, ...]]:
     if "isoflop" in about:
         rows.append(("isoFLOP curves, budgets", str(about["isoflop"]["budgets"])))
         rows += [(f"not among them: {reason}", str(count)) for reason, count in about["isoflop"]["left_out"].items()]
-    rows += [(f"a by {name}", "not determined" if value is None else f"{value:.3f}") for name, value in about.get("other_a", {}).items()]
+    others = about.get("other_a", {})
+    rows += [(f"a by {name}", "-" if value is None else f"{value:.3f}") for name, value in others.items()]
     rows += [(name, f"{low:.4g} to {high:.4g}") for name, (low, high) in about["ranges"].items()]
     rows.append(("FLOPs per N D", "{:.6g} {:+.6g} N^-{:.3g}".format(*about["cost"])))
     named = (
