@@ -16,7 +16,8 @@ from selfsup.scaling.fit import fit, fit_runs, problem
 from selfsup.scaling.isoflop import isoflop
 from selfsup.scaling.predict import predict_run
 from selfsup.scaling.repeated import analyse_repeats
-from selfsup.scaling.special import analyse_broken, analyse_isoflop
+from selfsup.scaling.broken_form import analyse_broken
+from selfsup.scaling.isoflop_form import analyse_isoflop
 from selfsup.scaling.sweeps import best_learning_rates
 from selfsup.scaling.table import Runs, runs_of, same_cell
 

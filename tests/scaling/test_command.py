@@ -12,7 +12,7 @@ import pytest
 
 from scaling_tables import ROOT, TRUTH, checkpoint_design, isoflop_design, simulated
 from selfsup import cli
-from selfsup.scaling import law
+from selfsup.scaling import law, report
 from selfsup.scaling.result import read_result
 from selfsup.scaling.rules import steplaw
 from selfsup.scaling.speed import measured_flop_per_second
@@ -130,6 +130,8 @@ def test_bnsl(tmp_path, monkeypatch, capsys):
         "--json",
         out,
     ]
+    by_size = [word if word != "--samples" else "--params" for word in words]
+    assert run(monkeypatch, capsys, *by_size)[0] == 0 and read_result(out).about["axis"] == "D"
     assert run(monkeypatch, capsys, *words)[0] == 0
     code, said, _ = run(monkeypatch, capsys, "predict", "--fit", out, "--at", "1e13")
     assert code == 0 and "10 times beyond" in said
@@ -272,6 +274,7 @@ FAULTS = [
         ["fit", "TABLE", *FIT, "--form", "isoflop", "--also-params", "N"],
         "--also-params: is for --form chinchilla",
     ),
+    (["fit", "TABLE", *FIT, "--form", "isoflop", "--delta", "0.01"], "--delta: is for --form chinchilla"),
     (["fit", "TABLE", *FIT, "--warmup", "D"], "--warmup: expected --steps too"),
     (["predict", "--fit", "NONE", "--flops", "1"], "cannot read the fit: No such file"),
     (["predict", "--fit", "TABLE", "--flops", "1"], "cannot read the fit: it is not JSON"),
@@ -320,6 +323,53 @@ def test_a_law_without_one_of_its_terms_is_drawn(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, capsys, "fit", path, *FIT, "--json", out)[0] == 1
     assert json.loads(out.read_text())["coefficients"]["A"] == 0
     assert run(monkeypatch, capsys, "report", "--fit", out, "--out", tmp_path / "report")[0] == 0
+
+
+def test_constant_losses(tmp_path, monkeypatch, capsys):
+    """A law that is fitted is refused and drawn; one without finite coefficients is one line, nothing is written."""
+    out, folder = tmp_path / "fit.json", tmp_path / "report"
+    words = [*FIT[:-1], "100", "--json", out]
+    params, samples = isoflop_design(budgets=6, sizes=7, reach=5)
+    path = write(tmp_path / "flat.csv", params, samples, [3.0] * 42)
+    for form, wrong in (("kaplan", "no finite Nc"), ("isoflop", "two with a minimum")):
+        code, _, error = run(monkeypatch, capsys, "fit", path, *words, "--form", form)
+        assert code == 2 and wrong in error and error.count("\n") == 1 and not out.exists()
+    few = write(tmp_path / "few.csv", *isoflop_design(budgets=4, sizes=5), [3.0] * 20)
+    for table, form in ((path, "chinchilla"), (few, "kaplan")):
+        assert run(monkeypatch, capsys, "fit", table, *words, "--form", form)[0] == 1
+        assert run(monkeypatch, capsys, "report", "--fit", out, "--out", folder)[0] == 0
+
+
+@pytest.mark.parametrize("form", ["chinchilla", "kaplan", "isoflop", "bnsl"])
+def test_impossible_sizes_are_one_line(form, tmp_path, monkeypatch, capsys):
+    """Their powers overflow. 1e400 is no number to a computer: that row is left out and counted."""
+    params, samples = isoflop_design(budgets=4, sizes=5)
+    loss = simulated(params, samples, 0.001).loss
+    path, out = write(tmp_path / "t.csv", [1e-300, *params[1:]], samples, loss), tmp_path / "fit.json"
+    words = FIT if form != "bnsl" else ["--params", "N", "--loss", "loss"]
+    code, _, error = run(monkeypatch, capsys, "fit", path, *words, "--form", form, "--json", out)
+    assert code == 2 and error.startswith("error: line 2: ") and "1e-300: expected 1e-30 to" in error
+    assert error.count("\n") == 1 and not out.exists()
+    if form == "isoflop":
+        write(path, ["1e400", *params[1:]], samples, loss)
+        said = run(monkeypatch, capsys, "fit", path, *FIT[:-1], "0", "--form", form)[1]
+        assert "left out: 1 N missing or no number" in said
+
+
+def test_a_report_that_fails_leaves_nothing(fitted, tmp_path, monkeypatch):
+    """The third picture fails: none is there. Before, those already drawn were."""
+    done = []
+
+    def failing(figure, kind):
+        done.append(kind)
+        if len(done) > 3:
+            raise ZeroDivisionError
+        return b"a picture"
+
+    monkeypatch.setattr(report, "render", failing)
+    with pytest.raises(ZeroDivisionError):
+        report.write_report(read_result(fitted), tmp_path / "report")
+    assert len(done) == 4 and not (tmp_path / "report").exists()
 
 
 def test_what_is_left_out_is_said(table, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from selfsup.scaling.predict import predict_plan
 from selfsup.scaling.repeats import fit_repeats, repeats_problem
 from selfsup.scaling.result import loss_at
 from selfsup.scaling.rules import Setting, olmo, porian, steplaw
-from selfsup.scaling.special import analyse_isoflop
+from selfsup.scaling.isoflop_form import analyse_isoflop
 from selfsup.scaling.sweeps import fit_rule, optimal_setting
 from selfsup.scaling.table import Runs, runs_of
 

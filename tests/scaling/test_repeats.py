@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from scaling_tables import TRUTH
-from selfsup.scaling import law
+from selfsup.scaling import law, repeated
 from selfsup.scaling.analyse import analyse
-from selfsup.scaling.bootstrap import bootstrap, interval
+from selfsup.scaling.bootstrap import Draws, bootstrap, interval, resample_weights
 from selfsup.scaling.fit import fit
 from selfsup.scaling.repeated import analyse_repeats
-from selfsup.scaling.repeats import fit_jointly
+from selfsup.scaling.repeats import draws_over_base, fit_jointly, repeats_problem
+from selfsup.scaling.solve import huber
 from selfsup.scaling.table import Runs
 
 FULL = {**TRUTH, "R_D": 12.0, "R_N": 4.0}
@@ -96,3 +97,58 @@ def test_whole_runs_are_held_out():
     cluster = np.unique(np.stack([runs.params, runs.unique]), axis=1, return_inverse=True)[1].ravel()
     result = analyse_repeats(replace(runs, cluster=cluster, clustered=True), None, resamples=0)
     assert result.extrapolation["held_out"] % 3 == 0 and result.extrapolation["held_out"] > 29
+
+
+def is_refitted(runs, draws, resamples):
+    """In each resample no coefficient of the base law, moved by 1%, lowers that resample's objective."""
+    log_loss, weights = np.log(runs.loss), resample_weights(runs.cluster, resamples, np.random.default_rng(0))
+
+    def objective(values):
+        base = {name: values[name] for name in law.CHINCHILLA}
+        found = law.repeats(base, values["R_D"], values["R_N"], runs.params, runs.samples, runs.unique)
+        return huber(log_loss - np.log(found), 1e-3)
+
+    for k in range(resamples):
+        values = {name: draws[name][k] for name in FULL}
+        least = weights[k] @ objective(values)
+        for name in law.CHINCHILLA:
+            for factor in (0.99, 1.01):
+                assert weights[k] @ objective({**values, name: factor * values[name]}) >= least, (k, name)
+
+
+def test_the_base_law_is_refitted_in_each_resample(monkeypatch):
+    """And the mutant: the base law held at its estimate, half-lives refitted."""
+    runs = table(0.01)
+    task, found, _ = fit_jointly(runs)
+    values = {name: float(value[0]) for name, value in task.coefficients(found.solved.theta).items()}
+    draws, _ = repeated._repeats_draws(runs, task, found, None, values, 12, 0, 1e-3)
+    is_refitted(runs, draws, 12)
+    assert len(np.unique(draws["E"])) == 12
+
+    def held(task, log_loss, cluster, theta, resamples, seed, delta):
+        weights = resample_weights(cluster, resamples, np.random.default_rng(seed))
+        base = {name: np.full(resamples, values[name]) for name in law.CHINCHILLA}
+        found, unconverged = draws_over_base(runs, base, values, weights, delta)
+        return Draws({name: value[None] for name, value in found.items()}, unconverged)
+
+    monkeypatch.setattr(repeated, "bootstrap", held)
+    draws, _ = repeated._repeats_draws(runs, task, found, None, values, 12, 0, 1e-3)
+    with pytest.raises(AssertionError):
+        is_refitted(runs, draws, 12)
+
+
+def test_starts_are_ranked_at_the_given_threshold():
+    """A fifth of the runs is far off: the best cell of the grid at a wide threshold is not that at a narrow one."""
+    runs = table(0.002)
+    log_loss = np.log(runs.loss) + np.where(np.arange(len(runs)) % 5 == 0, 0.1, 0.0) * (runs.samples > runs.unique)
+    cells = [(d, n) for d in np.linspace(*np.log((0.05, 1e4)), 24) for n in np.linspace(*np.log((0.05, 1e4)), 24)]
+    best = []
+    for delta in (1e-3, 1.0):
+        value = []
+        for d, n in cells:
+            found = law.repeats(TRUTH, np.exp(d), np.exp(n), runs.params, runs.samples, runs.unique)
+            value.append(huber(log_loss - np.log(found), delta).sum())
+        best.append(cells[int(np.argmin(value))])
+        start = repeats_problem(runs, TRUTH, delta).begin(log_loss[None], np.ones((1, len(runs))), 1)[0, 0]
+        assert start == pytest.approx(best[-1])
+    assert best[0] != best[1]

@@ -1,11 +1,10 @@
 """From runs to a result: the fit, intervals, the held-out error and every check, for the laws of N and D."""
 
-from typing import Any
-
 import numpy as np
 
 from selfsup.scaling import law
-from selfsup.scaling.bootstrap import bootstrap, intervals, too_few_clusters
+from selfsup.scaling.assemble import isoflop_facts, largest_run, make_result, refuse_scales, residual_spread
+from selfsup.scaling.bootstrap import bootstrap, too_few_clusters
 from selfsup.scaling.check import (
     check_counting,
     check_draws,
@@ -14,24 +13,22 @@ from selfsup.scaling.check import (
 )
 from selfsup.scaling.check_isoflop import check_isoflop
 from selfsup.scaling.design import check_design
-from selfsup.scaling.extrapolate import BASELINE, Extrapolation, extrapolation
-from selfsup.scaling.finding import split
+from selfsup.scaling.extrapolate import extrapolation, extrapolation_json
 from selfsup.scaling.fit import Problem, exponents, fit_runs, predict, problem
-from selfsup.scaling.isoflop import Isoflop, isoflop
+from selfsup.scaling.isoflop import isoflop
 from selfsup.scaling.optimum import growth_of_size
 from selfsup.scaling.profile import profile
-from selfsup.scaling.result import Result, findings_json
+from selfsup.scaling.result import Result
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
-
-LEVEL = 0.95
 
 
 def analyse(runs: Runs, form: str, resamples: int = 1000, seed: int = 0, delta: float = DELTA) -> Result:
     """The law `form` (chinchilla, tied, kaplan) on these runs.
 
-    Raises ValueError where there are fewer rows than parameters.
+    Raises ValueError where there are fewer rows than parameters, and where the fit has no finite coefficients.
     """
+    refuse_scales(runs)
     values, found = fit_runs(form, runs, delta)
     task = problem(form, runs)
     findings = [*check_design(runs, form), *check_fit(form, runs, task, values, found, delta)]
@@ -47,24 +44,16 @@ def analyse(runs: Runs, form: str, resamples: int = 1000, seed: int = 0, delta: 
     growth = growth_of_size(form, values, float(runs.flops.min()), float(runs.flops.max()), runs.cost)
     findings += check_isoflop(curves, growth, runs, own=False)
     findings += check_counting(form, runs, a)
-    warnings, refused = split(findings)
-    largest = int(runs.flops.argmax())
-    at = {"params": float(runs.params[largest]), "samples": float(runs.samples[largest])}
-    anchor = {
-        **at,
-        "loss": float(predict(form, values, **{key: np.array(value) for key, value in at.items()})),
-    }
-    return Result(
-        form, values, {"a": a, "b": b}, intervals(draws, LEVEL) if draws else {}, float(found.solved.objective[0]),
-        extrapolation_json(outside), findings_json(warnings), findings_json(refused),
-        {
-            **about(runs), "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
-            "starts": found.tried, "starts_agreed": int(found.agreed[0]), "steps": int(found.solved.steps[0]),
-            "profiles": profiles_of(form, task, runs, found.solved.theta, delta),
-            "residual_sd": residual_spread(runs, predict(form, values, runs.params, runs.samples)),
-        },
-        anchor, {name: value.tolist() for name, value in draws.items() if name not in ("a", "b")}, profiles_json(curves),
-        rows_json(runs),
+    facts = {
+        "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
+        "starts": found.tried, "starts_agreed": int(found.agreed[0]), "steps": int(found.solved.steps[0]),
+        "profiles": profiles_of(form, task, runs, found.solved.theta, delta),
+        "residual_sd": residual_spread(runs, predict(form, values, runs.params, runs.samples)),
+        "isoflop": isoflop_facts(curves),
+    }  # fmt: skip
+    return make_result(
+        form, runs, values, {"a": a, "b": b}, float(found.solved.objective[0]), findings, draws,
+        extrapolation_json(outside), largest_run(runs), facts, curves=curves,
     )  # fmt: skip
 
 
@@ -90,11 +79,6 @@ def profiles_of(
     return curves
 
 
-def residual_spread(runs: Runs, predicted: np.ndarray) -> float:
-    """Robust standard deviation (1.4826 times the median size) of the residuals of log loss."""
-    return 1.4826 * float(np.median(np.abs(np.log(runs.loss) - np.log(predicted))))
-
-
 def _draws(
     form: str, task: Problem, runs: Runs, theta: np.ndarray, resamples: int, seed: int, delta: float
 ) -> tuple[dict[str, np.ndarray], int]:
@@ -105,38 +89,3 @@ def _draws(
     draws = {name: value[0] for name, value in found.values.items()}
     a, b = exponents(form, draws)
     return {**draws, "a": a, "b": b}, found.unconverged
-
-
-def about(runs: Runs) -> dict[str, Any]:
-    """The rows that were used, those that were not and why, and their ranges."""
-    ranges = {
-        name: [float(getattr(runs, name).min()), float(getattr(runs, name).max())]
-        for name in ("params", "samples", "flops", "loss")
-    }
-    return {
-        "rows_read": runs.read, "rows_used": len(runs), "dropped": runs.dropped, "runs": int(runs.cluster.max()) + 1,
-        "clustered": runs.clustered, "cost": list(runs.cost), "ranges": ranges,
-        "weights": None if runs.sigma is None else [float(runs.weights.min()), float(runs.weights.max())],
-    }  # fmt: skip
-
-
-def extrapolation_json(found: Extrapolation | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    return {**found._asdict(), "error_of": "loss", "baseline": BASELINE}
-
-
-def profiles_json(found: Isoflop) -> list[dict[str, Any]]:
-    """The isoFLOP curves, for pictures."""
-    rows = []
-    for curve in found.profiles:
-        row = curve._asdict()
-        row.update({name: row[name].tolist() for name in ("params", "loss", "samples")})
-        rows.append(row)
-    return rows
-
-
-def rows_json(runs: Runs) -> dict[str, list[float]]:
-    """The rows that were fitted, for pictures."""
-    names = ("params", "samples", "flops", "loss") + (("unique",) if runs.unique is not None else ())
-    return {name: getattr(runs, name).tolist() for name in names}

@@ -1,5 +1,8 @@
 """Doubts about isoFLOP profiles: minima on the edge of the sizes, approaches that disagree."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from selfsup.scaling.finding import Finding
@@ -61,4 +64,22 @@ def check_isoflop(found: Isoflop, a: float | None, runs: Runs, own: bool) -> lis
             far = min(abs(value - a) for value in others) > 0.2
             text = f"approaches disagree: a = {a:.2f} by the law, {parabola:.2f} by parabolas, {akima:.2f} by Akima"
             said.append(Finding("approaches", apart, 0.2 if far else 0.05, text, refuses=far))
+    return said
+
+
+def check_own(a: float, held: Mapping[str, Any] | None) -> list[Finding]:
+    """Of the isoFLOP form itself: an exponent that no optimum has, a size that smaller budgets do not foretell."""
+    said = []
+    if not 0 < a < 1:
+        text = f"a = {a:.2f} is outside 0 to 1: with more compute the optimal size or the optimal data would shrink"
+        said.append(Finding("exponent outside 0 to 1", a, 0 if a <= 0 else 1, text, refuses=True))
+    if held is None:
+        return said
+    factor, naive = held["size_factor"], held["size_baseline_factor"]
+    if factor > 2 or factor > max(1.25, naive):
+        text = (
+            f"from the smaller budgets the optimal N of the largest is missed by a factor of {factor:.3g}; by N growing "
+            f"as the root of C {naive:.3g} (1.25 at most wanted, or less than that; refused above 2)"
+        )
+        said.append(Finding("held-out size", factor, 2 if factor > 2 else 1.25, text, refuses=factor > 2))
     return said

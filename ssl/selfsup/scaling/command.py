@@ -3,7 +3,7 @@
 import math
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from html import escape
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,13 +12,15 @@ import numpy as np
 import tyro
 
 from selfsup.scaling.analyse import analyse
+from selfsup.scaling.broken_form import analyse_broken
 from selfsup.scaling.design import check_untrained
+from selfsup.scaling.finding import Finding
+from selfsup.scaling.isoflop_form import analyse_isoflop
 from selfsup.scaling.predict import predict_axis, predict_plan, predict_run
 from selfsup.scaling.repeated import analyse_repeats
-from selfsup.scaling.result import findings_json, read_result, write_json, write_result
+from selfsup.scaling.result import Result, findings_json, read_result, write_json, write_result
 from selfsup.scaling.show import show_prediction, show_result
 from selfsup.scaling.solve import DELTA
-from selfsup.scaling.special import analyse_broken, analyse_isoflop
 from selfsup.scaling.speed import measured_flop_per_second
 from selfsup.scaling.sweeps import best_learning_rates
 from selfsup.scaling.table import Columns, Runs, read_table
@@ -28,6 +30,7 @@ Column = Annotated[str | None, tyro.conf.arg(metavar="COL")]
 _N_AND_D = ("chinchilla", "tied", "kaplan")
 _ONLY_FOR = {
     "--base": ("repeats",),
+    "--delta": (*_N_AND_D, "repeats", "bnsl"),
     "--also-params": _N_AND_D,
     "--sigma": _N_AND_D,
     "--budget": (*_N_AND_D, "repeats", "isoflop"),
@@ -37,139 +40,151 @@ _ONLY_FOR = {
 }
 
 
-def main_fit(
-    table: Annotated[Path, tyro.conf.arg(metavar="TABLE")],
-    /,
-    *,
-    loss: Annotated[str, tyro.conf.arg(metavar="COL")],
-    params: Column = None,
-    samples: Column = None,
-    flops: Column = None,
-    budget: Column = None,
-    cluster: Column = None,
-    unique: Column = None,
-    lr: Column = None,
-    steps: Column = None,
-    warmup: Column = None,
-    initial_loss: Column = None,
-    also_params: Column = None,
-    sigma: Column = None,
-    form: Form = "chinchilla",
-    where: tuple[str, ...] = (),
-    drop_highest: int = 0,
-    flops_per: float | None = None,
-    vocab: int | None = None,
-    base: Annotated[Path | None, tyro.conf.arg(metavar="FIT")] = None,
-    delta: float = DELTA,
-    resamples: int = 1000,
-    seed: int = 0,
-    json: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None,
-) -> int:
+@dataclass(frozen=True)
+class FitOptions:
+    """What `selfsup scaling fit` is told."""
+
+    table: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TABLE")]
+    """CSV, TSV or semicolons; one row a run, or several a run with --cluster."""
+    loss: Annotated[str, tyro.conf.arg(metavar="COL")]
+    """The loss; rows without one (NaN, diverged) are counted and left out."""
+    params: Column = None
+    """Parameters N (125M, 1.4e9 and 1,400,000 are read)."""
+    samples: Column = None
+    """Data processed D, repeats counted: tokens, images."""
+    flops: Column = None
+    """Of the whole training; without it 6 N D, without --samples D = C / (6 N)."""
+    budget: Column = None
+    """Nominal compute of an isoFLOP grid; without it, groups of runs that gaps in FLOPs separate, if there are any."""
+    cluster: Column = None
+    """The run of a row, where a run has several rows: they are resampled together."""
+    unique: Column = None
+    """Distinct samples, where data are repeated (--form repeats)."""
+    lr: Column = None
+    """Learning rate; of each (N, D) the best one is kept, and the sweep is judged."""
+    steps: Column = None
+    """Optimizer steps; short runs are told."""
+    warmup: Column = None
+    """Warm-up steps."""
+    initial_loss: Column = None
+    """Loss before training, with --vocab."""
+    also_params: Column = None
+    """Parameters counted otherwise; says what that changes."""
+    sigma: Column = None
+    """Measured standard deviation of a row's log loss; rows weigh 1 / sigma."""
+    form: Form = "chinchilla"
+    """bnsl takes one axis, one of --params, --samples, --flops."""
+    where: tuple[str, ...] = ()
+    """COLUMN=VALUE conditions on rows."""
+    drop_highest: int = 0
+    """Leave out so many of the highest losses."""
+    flops_per: float | None = None
+    """FLOPs per parameter and sample, in place of 6 or of what the table shows."""
+    vocab: int | None = None
+    """Size of the vocabulary; losses are held against its logarithm."""
+    base: Annotated[Path | None, tyro.conf.arg(metavar="FIT")] = None
+    """For --form repeats, a chinchilla fit (OUT of an earlier fit) as the law of fresh data."""
+    delta: float = DELTA
+    """Huber's threshold in log loss."""
+    resamples: int = 1000
+    """Of the bootstrap; 0 for none."""
+    seed: int = 0
+    json: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
+    """The result as a file, for predict and report."""
+
+
+def main_fit(options: Annotated[FitOptions, tyro.conf.arg(name="")]) -> int:
     """Fits a scaling law to a table of runs, with intervals, a held-out error, and its doubts.
 
     Exit code 1 where the fit is refused as a ground for plans (the reasons are printed and in OUT).
-
-    Args:
-        table: CSV, TSV or semicolons; one row a run, or several a run with --cluster.
-        loss: the loss; rows without one (NaN, diverged) are counted and left out.
-        params: parameters N (125M, 1.4e9 and 1,400,000 are read).
-        samples: data processed D, repeats counted: tokens, images.
-        flops: of the whole training; without it 6 N D, without --samples D = C / (6 N).
-        budget: nominal compute of an isoFLOP grid; without it FLOPs within 10% of each other are one budget.
-        cluster: the run of a row, where a run has several rows: they are resampled together.
-        unique: distinct samples, where data are repeated (--form repeats).
-        lr: learning rate; of each (N, D) the best one is kept, and the sweep is judged.
-        steps: optimizer steps; short runs are told.
-        warmup: warm-up steps.
-        initial_loss: loss before training, with --vocab.
-        also_params: parameters counted otherwise; says what that changes.
-        sigma: measured standard deviation of a row's log loss; rows weigh 1 / sigma.
-        form: bnsl takes one axis, one of --params, --samples, --flops.
-        where: COLUMN=VALUE conditions on rows.
-        drop_highest: leave out so many of the highest losses.
-        flops_per: FLOPs per parameter and sample, in place of 6 or of what the table shows.
-        vocab: size of the vocabulary; losses are held against its logarithm.
-        base: for --form repeats, a chinchilla fit (OUT of an earlier fit) as the law of fresh data.
-        delta: Huber's threshold in log loss.
-        resamples: of the bootstrap; 0 for none.
-        json: the result as a file, for predict and report.
     """
-    _positive("--resamples", resamples, 0)
-    _positive("--drop-highest", drop_highest, 0)
-    if not 0 < delta < math.inf:
-        raise ValueError(f"--delta: expected a positive number, got {delta:g}")
-    if 0 < resamples < 100:
-        raise ValueError(
-            f"--resamples: expected 0 or at least 100 (a 95% interval's ends are 2.5% of them), got {resamples}"
-        )
-    if flops_per is not None and not 0 < flops_per < math.inf:
-        raise ValueError(f"--flops-per: expected a positive number, got {flops_per:g}")
-    if vocab is not None:
-        _positive("--vocab", vocab, 2)
-    _positive("--seed", seed, 0)
-    _axes(form, params, samples, flops)
-    _unused(form, {"--base": base, "--also-params": also_params, "--budget": budget, "--unique": unique,
-                   "--steps": steps, "--warmup": warmup, "--sigma": sigma})  # fmt: skip
-    if warmup is not None and steps is None:
-        raise ValueError("--warmup: expected --steps too, of which it is a share")
-    if initial_loss is not None and vocab is None:
-        raise ValueError("--initial-loss: expected --vocab too, whose logarithm it is held against")
-    columns = Columns(
-        params, loss, samples, flops, budget, cluster, unique, lr, steps, warmup, initial_loss, also_params, sigma
-    )
-    runs = read_table(table, columns, where, flops_per)
-    if drop_highest:
-        runs = _without_highest(runs, drop_highest)
-    runs, before = best_learning_rates(runs)
-    if vocab is not None:
-        before += check_untrained(runs, vocab)
-    match form:
-        case "repeats":
-            result = analyse_repeats(
-                runs, None if base is None else read_result(base), resamples, seed, delta
-            )
-        case "bnsl":
-            result = analyse_broken(runs, params or samples or flops or "", resamples, seed, delta)
-        case "isoflop":
-            result = analyse_isoflop(runs, resamples, seed)
-        case _:
-            result = analyse(runs, form, resamples, seed, delta)
+    _numbers(options)
+    _axes(options)
+    _unused(options)
+    runs, before = _runs(options)
+    result = _analysed(runs, options)
     result.warnings[:0] = findings_json(before)
-    result.about["table"], result.about["command"] = (
-        table.name,
-        "selfsup scaling fit " + shlex.join(sys.argv[3:]),
-    )
-    if json is not None:
-        write_result(result, json)
+    result.about["table"] = options.table.name
+    result.about["command"] = "selfsup scaling fit " + shlex.join(sys.argv[3:])
+    if options.json is not None:
+        write_result(result, options.json)
     show_result(result)
     return 1 if result.refused else 0
 
 
-def _axes(form: str, params: str | None, samples: str | None, flops: str | None) -> None:
+def _runs(options: FitOptions) -> tuple[Runs, list[Finding]]:
+    """The rows to fit, and what their selection found. The one axis of a bnsl law stands in `samples`."""
+    columns = {item.name: getattr(options, item.name) for item in fields(Columns)}
+    if options.form == "bnsl":
+        axis = options.params or options.samples or options.flops
+        columns |= {"params": None, "samples": axis, "flops": None}
+    runs = read_table(options.table, Columns(**columns), options.where, options.flops_per)
+    if options.drop_highest:
+        runs = _without_highest(runs, options.drop_highest)
+    runs, said = best_learning_rates(runs)
+    return runs, said + (check_untrained(runs, options.vocab) if options.vocab is not None else [])
+
+
+def _analysed(runs: Runs, options: FitOptions) -> Result:
+    resamples, seed, delta = options.resamples, options.seed, options.delta
+    match options.form:
+        case "repeats":
+            base = None if options.base is None else read_result(options.base)
+            return analyse_repeats(runs, base, resamples, seed, delta)
+        case "bnsl":
+            axis = options.params or options.samples or options.flops or ""
+            return analyse_broken(runs, axis, resamples, seed, delta)
+        case "isoflop":
+            return analyse_isoflop(runs, resamples, seed)
+        case _:
+            return analyse(runs, options.form, resamples, seed, delta)
+
+
+def _numbers(options: FitOptions) -> None:
+    """Raises ValueError for a number out of its range, or one that wants another option."""
+    _positive("--resamples", options.resamples, 0)
+    _positive("--drop-highest", options.drop_highest, 0)
+    _positive("--seed", options.seed, 0)
+    if options.vocab is not None:
+        _positive("--vocab", options.vocab, 2)
+    for flag, value in (("--delta", options.delta), ("--flops-per", options.flops_per)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{flag}: expected a positive number, got {value:g}")
+    if 0 < options.resamples < 100:
+        raise ValueError(
+            "--resamples: expected 0 or at least 100 (a 95% interval's ends are 2.5% of them), got "
+            f"{options.resamples}"
+        )
+    if options.warmup is not None and options.steps is None:
+        raise ValueError("--warmup: expected --steps too, of which it is a share")
+    if options.initial_loss is not None and options.vocab is None:
+        raise ValueError("--initial-loss: expected --vocab too, whose logarithm it is held against")
+
+
+def _axes(options: FitOptions) -> None:
     """Raises ValueError where the columns are not those of the form."""
-    given = [
-        flag
-        for flag, name in (("--params", params), ("--samples", samples), ("--flops", flops))
-        if name is not None
-    ]
-    if form == "bnsl":
+    given = [f"--{name}" for name in ("params", "samples", "flops") if getattr(options, name) is not None]
+    if options.form == "bnsl":
         if len(given) != 1:
             raise ValueError(
                 "--form bnsl has one axis: expected one of --params, --samples, --flops, got "
                 f"{' '.join(given) or 'none'}"
             )
-    elif params is None:
-        raise ValueError(f"--form {form}: expected --params COL, the number of parameters of each run")
+    elif options.params is None:
+        raise ValueError(
+            f"--form {options.form}: expected --params COL, the number of parameters of each run"
+        )
     elif len(given) < 2:
         raise ValueError("expected --samples COL (tokens or images) or --flops COL, or both")
 
 
-def _unused(form: str, given: dict[str, Path | str | None]) -> None:
+def _unused(options: FitOptions) -> None:
     """Raises ValueError for an option that the form does not use: nothing is ignored in silence."""
-    for flag, value in given.items():
-        forms = _ONLY_FOR[flag]
-        if value is not None and form not in forms:
-            raise ValueError(f"{flag}: is for --form {', '.join(forms)}, got {form}")
+    for flag, forms in _ONLY_FOR.items():
+        name = flag[2:].replace("-", "_")
+        unset = DELTA if name == "delta" else None
+        if getattr(options, name) != unset and options.form not in forms:
+            raise ValueError(f"{flag}: is for --form {', '.join(forms)}, got {options.form}")
 
 
 def _without_highest(runs: Runs, count: int) -> Runs:

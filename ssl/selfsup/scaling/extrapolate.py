@@ -1,6 +1,6 @@
 """How well a law foretells larger runs: fitted without the largest ones, it predicts them, beside a naive baseline."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -50,12 +50,27 @@ def extrapolation(
         return None
     values, _ = fit_runs(form, fitted, delta)
     target = runs.take(largest)
-    error = np.abs(predict(form, values, target.params, target.samples) / target.loss - 1)
-    naive = np.abs(_baseline(fitted, target) / target.loss - 1)
+    return errors_on(
+        fitted, target, predict(form, values, target.params, target.samples), _baseline(fitted, target)
+    )
+
+
+def errors_on(
+    fitted: Runs, target: Runs, predicted: Float[np.ndarray, " n"], naive: Float[np.ndarray, " n"],
+    axis: str = "flops",
+) -> Extrapolation:  # fmt: skip
+    """Errors of a law and of a naive baseline on the runs held out; `axis` is what they are larger in."""
+    error, baseline = np.abs(predicted / target.loss - 1), np.abs(naive / target.loss - 1)
+    reach = float(getattr(target, axis).max() / getattr(fitted, axis).max())
     return Extrapolation(
-        len(fitted), len(target), float(fitted.flops.max()), float(runs.flops.max() / fitted.flops.max()),
-        float(error.mean()), float(error.max()), float(naive.mean()), float(naive.max()),
+        len(fitted), len(target), float(fitted.flops.max()), reach, float(error.mean()), float(error.max()),
+        float(baseline.mean()), float(baseline.max()),
     )  # fmt: skip
+
+
+def extrapolation_json(found: Extrapolation | None, baseline: str = BASELINE) -> dict[str, Any] | None:
+    """For the file."""
+    return None if found is None else {**found._asdict(), "error_of": "loss", "baseline": baseline}
 
 
 def _baseline(fitted: Runs, target: Runs) -> Float[np.ndarray, " n"]:

@@ -127,7 +127,12 @@ def fit_runs(form: str, runs: Runs, delta: float = DELTA) -> tuple[dict[str, flo
         raise ValueError(
             f"--form {form} has {needed} parameters: expected at least {needed} rows, got {len(runs)}"
         )
-    found = fit(task, np.log(runs.loss)[None], runs.weights[None], delta)
+    return fit_one(task, runs, delta)
+
+
+def fit_one(task: Problem, runs: Runs, delta: float, keep: int = STARTS) -> tuple[dict[str, float], Fitted]:
+    """Coefficients of one problem on its table, from the `keep` best starts, and how the fit went."""
+    found = fit(task, np.log(runs.loss)[None], runs.weights[None], delta, keep)
     values = task.coefficients(found.solved.theta)
     return {name: float(value[0]) for name, value in values.items()}, found
 

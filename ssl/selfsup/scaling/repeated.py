@@ -5,14 +5,13 @@ from typing import Any
 import numpy as np
 
 from selfsup.scaling import law
-from selfsup.scaling.analyse import LEVEL, about, residual_spread, rows_json
+from selfsup.scaling.assemble import LEVEL, largest_run, make_result, refuse_scales, residual_spread
 from selfsup.scaling.bootstrap import bootstrap, intervals, resample_weights, too_few_clusters
 from selfsup.scaling.check import check_convergence, check_draws, check_extrapolation, check_repeats
 from selfsup.scaling.design import check_design
-from selfsup.scaling.extrapolate import Extrapolation, held_out_runs
-from selfsup.scaling.finding import Finding, split
-from selfsup.scaling.fit import Fitted, Problem, exponents, inner_law
-from selfsup.scaling.hold_out import errors_on, fit_one, held_out_json
+from selfsup.scaling.extrapolate import Extrapolation, errors_on, extrapolation_json, held_out_runs
+from selfsup.scaling.finding import Finding
+from selfsup.scaling.fit import Fitted, Problem, exponents, fit_one, inner_law
 from selfsup.scaling.profile import Profile, valley
 from selfsup.scaling.repeats import (
     FRESH,
@@ -23,7 +22,7 @@ from selfsup.scaling.repeats import (
     fit_repeats,
     repeats_problem,
 )
-from selfsup.scaling.result import Result, findings_json
+from selfsup.scaling.result import Result
 from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
 
@@ -38,39 +37,17 @@ def analyse_repeats(
 
     Raises ValueError without a column of unique samples, without repeats, or with too few runs for a base law.
     """
-    if runs.unique is None:
-        raise ValueError("--form repeats: expected --unique COL, the number of distinct samples of each run")
-    fresh = runs.samples <= FRESH * runs.unique
-    if fresh.all():
-        raise ValueError(
-            "--form repeats: no run reads a sample twice (samples <= unique in every row); take --form chinchilla"
-        )
+    refuse_scales(runs)
+    _refuse(runs, base)
     findings = check_design(runs, "repeats")
     if few := too_few_clusters(runs.cluster):
         findings, resamples = [*findings, *few], 0
-    if base is None:
-        if fresh.sum() < ONE_EPOCH_RUNS:
-            raise ValueError(
-                f"--form repeats: {int(fresh.sum())} runs of one epoch are too few for a base law "
-                f"(at least {ONE_EPOCH_RUNS}); "
-                "give one with --base FIT.json"
-            )
-        task, found, curves = fit_jointly(runs, delta)
-        values = {name: float(value[0]) for name, value in task.coefficients(found.solved.theta).items()}
-    else:
-        if base.form not in ("chinchilla", "tied"):
-            raise ValueError(f"--base: expected a fit of form chinchilla or tied, got {base.form}")
-        findings += _of_base(base, resamples)
-        inner = {name: float(value) for name, value in inner_law(base.form, base.coefficients).items()}
-        task = repeats_problem(runs, inner)
-        found, curves = fit_repeats(task, np.log(runs.loss), delta)
-        halves = {name: float(value[0]) for name, value in task.coefficients(found.solved.theta).items()}
-        values = {**inner, **halves}
+    task, found, curves, values = _fitted(runs, base, delta)
     predicted = np.asarray(_repeats_at(values, runs))
     if base is None:
         findings += check_repeats(runs, task, values, found, predicted)
     else:
-        findings += check_convergence(found)
+        findings += [*_of_base(base, resamples), *check_convergence(found)]
     shown, bounded, said = _valleys(values, float(found.solved.objective[0]), curves)
     findings += said
     draws, unconverged = {}, 0
@@ -79,21 +56,51 @@ def analyse_repeats(
         findings += check_draws(draws, unconverged, int(runs.cluster.max()) + 1, float(runs.loss.min()))
     outside = _repeats_held_out(runs, base, delta)
     findings += check_extrapolation(outside)
-    warnings, refused = split(findings)
     a, b = (float(value) for value in exponents("chinchilla", values))
-    last = int(runs.flops.argmax())
-    at = {name: float(getattr(runs, name)[last]) for name in ("params", "samples", "unique")}
     held = base is not None and not base.draws  # a base law that does not vary has no interval
     moving = {name: drawn for name, drawn in draws.items() if name in law.REPEATS or not held}
-    return Result(
-        "repeats", values, {"a": a, "b": b}, _open(intervals(moving, LEVEL)), float(found.solved.objective[0]),
-        held_out_json(outside, "the base law, repeats counted as fresh data"),
-        findings_json(warnings), findings_json(refused),
-        {**about(runs), "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
-         "residual_sd": residual_spread(runs, predicted), "within_2_percent": bounded, "profiles": shown},
-        {**at, "loss": float(predicted[last])},
-        {name: value.tolist() for name, value in draws.items() if name not in ("a", "b")}, rows=rows_json(runs),
+    facts = {
+        "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
+        "residual_sd": residual_spread(runs, predicted), "within_2_percent": bounded, "profiles": shown,
+    }  # fmt: skip
+    return make_result(
+        "repeats", runs, values, {"a": a, "b": b}, float(found.solved.objective[0]), findings, draws,
+        extrapolation_json(outside, "the base law, repeats counted as fresh data"),
+        largest_run(runs, ("params", "samples", "unique")), facts, ends=_open(intervals(moving, LEVEL)),
     )  # fmt: skip
+
+
+def _refuse(runs: Runs, base: Result | None) -> None:
+    """Raises ValueError for a table or a base law that no half-life can be fitted with."""
+    if runs.unique is None:
+        raise ValueError("--form repeats: expected --unique COL, the number of distinct samples of each run")
+    fresh = runs.samples <= FRESH * runs.unique
+    if fresh.all():
+        raise ValueError(
+            "--form repeats: no run reads a sample twice (samples <= unique in every row); take --form chinchilla"
+        )
+    if base is None and fresh.sum() < ONE_EPOCH_RUNS:
+        raise ValueError(
+            f"--form repeats: {int(fresh.sum())} runs of one epoch are too few for a base law "
+            f"(at least {ONE_EPOCH_RUNS}); give one with --base FIT.json"
+        )
+    if base is not None and base.form not in ("chinchilla", "tied"):
+        raise ValueError(f"--base: expected a fit of form chinchilla or tied, got {base.form}")
+
+
+def _fitted(
+    runs: Runs, base: Result | None, delta: float
+) -> tuple[Problem, Fitted, tuple[Profile, Profile], dict[str, float]]:
+    """The problem, its fit, the profiles of both half-lives, and all seven coefficients."""
+    if base is None:
+        task, found, curves = fit_jointly(runs, delta)
+        inner = {}
+    else:
+        inner = {name: float(value) for name, value in inner_law(base.form, base.coefficients).items()}
+        task = repeats_problem(runs, inner, delta)
+        found, curves = fit_repeats(task, np.log(runs.loss), delta)
+    fitted = {name: float(value[0]) for name, value in task.coefficients(found.solved.theta).items()}
+    return task, found, curves, inner | fitted
 
 
 def _of_base(base: Result, resamples: int) -> list[Finding]:
@@ -178,7 +185,7 @@ def _repeats_held_out(runs: Runs, base: Result | None, delta: float) -> Extrapol
         values = {name: float(value[0]) for name, value in task.coefficients(found.solved.theta).items()}
     else:
         values = {name: float(value) for name, value in inner_law(base.form, base.coefficients).items()}
-        values |= fit_one(repeats_problem(fitted, values), fitted, delta, keep=12)[0]
+        values |= fit_one(repeats_problem(fitted, values, delta), fitted, delta, keep=12)[0]
     inner = {name: values[name] for name in law.CHINCHILLA}
     naive = law.chinchilla(**inner, params=target.params, samples=target.samples)
-    return errors_on(fitted, target, _repeats_at(values, target), naive, "flops")
+    return errors_on(fitted, target, _repeats_at(values, target), naive)

@@ -26,8 +26,8 @@ FRESH = 1.001
 """Runs that read so many times their unique samples or less are of one epoch."""
 
 
-def repeats_problem(runs: Runs, base: Mapping[str, float]) -> Problem:
-    """The law of repeats on these runs, for the solver; theta = (log R_D, log R_N)."""
+def repeats_problem(runs: Runs, base: Mapping[str, float], delta: float = DELTA) -> Problem:
+    """The law of repeats on these runs, for the solver; theta = (log R_D, log R_N); starts are ranked at `delta`."""
     assert runs.unique is not None
     model = law.repeats_model(base, runs.params, runs.samples, runs.unique)
     log_limits = np.log(LIMITS)
@@ -39,7 +39,7 @@ def repeats_problem(runs: Runs, base: Mapping[str, float]) -> Problem:
         count = max(len(log_loss), len(weights))
         value = np.empty((count, len(theta)))
         for cell, f in enumerate(predicted):
-            value[:, cell] = (weights * huber(log_loss - f, DELTA)).sum(1)
+            value[:, cell] = (weights * huber(log_loss - f, delta)).sum(1)
         # The valley runs along R_D and has many minima: one start for each R_D, the best first.
         table = value.reshape(count, len(grid), len(grid))
         order = np.argsort(table.min(2), axis=1)[:, :keep]
@@ -82,10 +82,13 @@ def _lowest(
     )
 
 
-def joint_problem(runs: Runs, bases: Sequence[Mapping[str, float]]) -> Problem:
+def joint_problem(
+    runs: Runs, bases: Sequence[Mapping[str, float]], delta: float = DELTA
+) -> Problem:
     """Base law and half-lives together; theta = (E, A', B', alpha, beta, log R_D, log R_N).
 
-    Starts are the best of each of `bases` with half-lives on a grid. `joint_theta` and `coefficients` translate.
+    Starts are the best, at `delta`, of each of `bases` with half-lives on a grid. `joint_theta` and `coefficients`
+    translate.
     """
     assert runs.unique is not None
     x, y = np.log(runs.params), np.log(runs.samples)
@@ -106,15 +109,15 @@ def joint_problem(runs: Runs, bases: Sequence[Mapping[str, float]]) -> Problem:
     bounds = np.array(
         [[0.0, 0.0, 0.0, low, low, *ends[[0, 0]]], [np.inf, np.inf, np.inf, high, high, *ends[[1, 1]]]]
     )
-    return Problem("repeats", model, bounds, _begin_at(model, cells), coefficients)
+    return Problem("repeats", model, bounds, _begin_at(model, cells, delta), coefficients)
 
 
-def _begin_at(model: law.Model, cells: Float[np.ndarray, "c p"]) -> Callable[..., np.ndarray]:
+def _begin_at(model: law.Model, cells: Float[np.ndarray, "c p"], delta: float) -> Callable[..., np.ndarray]:
     """Starts where of these points the objective is least."""
 
     def begin(log_loss: np.ndarray, weights: np.ndarray, keep: int) -> np.ndarray:
         predicted = model(cells)[0]
-        value = np.stack([(weights * huber(log_loss - f, DELTA)).sum(1) for f in predicted], axis=1)
+        value = np.stack([(weights * huber(log_loss - f, delta)).sum(1) for f in predicted], axis=1)
         return cells[np.argsort(value, axis=1)[:, :keep]]
 
     return begin
@@ -150,7 +153,7 @@ def fit_jointly(runs: Runs, delta: float = DELTA) -> tuple[Problem, Fitted, tupl
 
     The problem returned starts from the profiles' points: its fits of resamples look along the valley.
     """
-    task, log_loss = joint_problem(runs, base_laws(runs, delta)), np.log(runs.loss)
+    task, log_loss = joint_problem(runs, base_laws(runs, delta), delta), np.log(runs.loss)
     ones = np.ones((1, len(runs)))
     found = fit(task, log_loss[None], ones, delta, keep=12)
     others = np.concatenate([found.solved.theta, task.begin(log_loss[None], ones, 3)[0]])
@@ -160,7 +163,7 @@ def fit_jointly(runs: Runs, delta: float = DELTA) -> tuple[Problem, Fitted, tupl
         profile(task, log_loss, 6, grid, others, delta),
     )
     found = _lowest(task, log_loss, found, curves, delta)
-    begin = _begin_at(task.model, np.concatenate([curve.theta for curve in curves]))
+    begin = _begin_at(task.model, np.concatenate([curve.theta for curve in curves]), delta)
     return task._replace(begin=begin), found, curves
 
 
@@ -171,7 +174,7 @@ def draws_over_base(
     """Half-lives `at` refitted in each resample over a draw of the base law (R values by name, held): all seven
     coefficients, and how many fits did not converge."""
     count = len(weights)
-    task = joint_problem(runs, [])
+    task = joint_problem(runs, [], delta)
     theta = joint_theta(runs, base, at["R_D"], at["R_N"])
     begins = [theta] + [joint_theta(runs, base, d, n) for d in (2.0, 100.0) for n in (1.0, 50.0)]
     begin = np.concatenate(begins)

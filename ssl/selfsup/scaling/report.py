@@ -34,19 +34,18 @@ def write_report(result: Result, folder: Path, sections: Sequence[str] = ()) -> 
         raise ValueError(
             f"--out {folder}: {page.name} is there and is not an earlier report; give another folder"
         )
-    written, pictures = [], {}
+    files, pictures = {}, {}
+    for name, figure in figures(result).items():
+        for kind in ("png", "svg"):
+            files[f"{name}.{kind}"] = pictures[name] = render(figure, kind)
+    files[page.name] = _page(result, pictures, sections).encode()  # all is made before anything is written
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures(result).items():
-            for kind in ("png", "svg"):
-                content = render(figure, kind)
-                write_atomically(folder / f"{name}.{kind}", content)
-                written.append(folder / f"{name}.{kind}")
-                pictures[name] = content
-        write_atomically(page, _page(result, pictures, sections).encode())
+        for name, content in files.items():
+            write_atomically(folder / name, content)
     except OSError as error:
         raise ValueError(f"--out {folder}: cannot write it: {error.strerror or error}") from None
-    return [*written, page]
+    return [folder / name for name in files]
 
 
 def render(figure: Figure, kind: str) -> bytes:
@@ -113,16 +112,27 @@ def _held_out(result: Result) -> str:
         return "<p>Too few runs to hold any out.</p>"
     return html_table([
         ("error of " + held["error_of"], "mean", "largest"),
-        ("the law", f"{held['mean_error']:.2%}", f"{held['max_error']:.2%}"),
-        ("baseline: " + held["baseline"], f"{held['baseline_mean_error']:.2%}", f"{held['baseline_max_error']:.2%}"),
+        ("the law", _shown(held["mean_error"], ".2%"), _shown(held["max_error"], ".2%")),
+        ("baseline: " + held["baseline"], *(_shown(held[f"baseline_{k}_error"], ".2%") for k in ("mean", "max"))),
+        *([("optimal N off by a factor of", f"{held['size_factor']:.3g}", "")] if "size_factor" in held else []),
         ("compute of the largest over the largest fitted", f"{held['reach']:.3g}", ""),
     ])  # fmt: skip
+
+
+def _shown(value: float | None, how: str) -> str:
+    """A number; what JSON could not hold was not finite."""
+    return "not finite" if value is None else f"{value:{how}}"
 
 
 def _facts(about: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         (f"left out: {reason}", str(count)) for reason, count in about["dropped"].items()
     ]
+    if "isoflop" in about:
+        rows.append(("isoFLOP curves, budgets", str(about["isoflop"]["budgets"])))
+        rows += [(f"not among them: {reason}", str(count)) for reason, count in about["isoflop"]["left_out"].items()]
+    others = about.get("other_a", {})
+    rows += [(f"a by {name}", "-" if value is None else f"{value:.3f}") for name, value in others.items()]
     rows += [(name, f"{low:.4g} to {high:.4g}") for name, (low, high) in about["ranges"].items()]
     rows.append(("FLOPs per N D", "{:.6g} {:+.6g} N^-{:.3g}".format(*about["cost"])))
     named = (

@@ -22,6 +22,10 @@ def show_result(result: Result) -> None:
     if about.get("weights"):
         least, most = about["weights"]
         print(f"  rows weigh 1 / sigma over its median (--sigma): {least:.3g} to {most:.3g}")
+    if "isoflop" in about:
+        print(f"  isoFLOP curves of {about['isoflop']['budgets']} budgets")
+        for reason, count in about["isoflop"]["left_out"].items():
+            print(f"    not among them: {count} {reason}")
     print(f"\n{result.form}: {_LAWS[result.form]}")
     if result.form != "isoflop":
         starts = f"; {about['starts_agreed']} of {about['starts']} starts agree" if "starts" in about else ""
@@ -41,6 +45,8 @@ def show_result(result: Result) -> None:
         print(
             "  optimal N grows as C^a, D as C^b; take coefficients from --json: rounded ones predict other losses"
         )
+    for name, value in about.get("other_a", {}).items():
+        print(f"  a by {name}: {'not determined' if value is None else f'{value:.3f}'}")
     held = result.extrapolation
     if held is not None:
         unit = "budgets" if result.form == "isoflop" else "rows"
@@ -51,6 +57,9 @@ def show_result(result: Result) -> None:
             f"{held['max_error']:.2%} at most\n"
             f"  baseline, {held['baseline']}: {held['baseline_mean_error']:.2%}, {held['baseline_max_error']:.2%}"
         )
+        if "size_factor" in held:
+            naive = held["size_baseline_factor"]
+            print(f"  its optimal N off by a factor of {held['size_factor']:.3g}; N as the root of C: {naive:.3g}")
     for title, findings in (("warnings", result.warnings), ("REFUSED as a ground for plans", result.refused)):
         if findings:
             print(f"\n{title}:")
