@@ -27,6 +27,7 @@ from selfsup.start import build_objective
 
 HEAD = 16
 VOCAB, LENGTH = 96, 32
+INIT = 0.1
 WIDTHS = (32, 64, 128, 256, 512)
 BASE = 32
 MODULES = ("argparse", "typing", "tarfile", "inspect", "subprocess", "zipfile", "mailbox", "ssl", "logging/__init__")
@@ -37,7 +38,7 @@ def make_recipe(name: str, width: int, mup: bool, **optim: Any) -> Recipe:
     sizes = {"embed_dim": width, "depth": 2, "num_heads": width // HEAD}
     text = name != "mae"
     decoder = {"decoder_embed_dim": width, "decoder_depth": 1, "decoder_num_heads": width // HEAD}
-    encoder = {"vocab_size": VOCAB, "max_length": LENGTH, "causal": name == "clm"} if text else {
+    encoder = {"vocab_size": VOCAB, "max_length": LENGTH, "causal": name == "clm", "init_std": INIT} if text else {
         "img_size": 16, "patch_size": 4}  # fmt: skip
     base = {"mup_base_width": BASE} if mup else {}
     return validate(Recipe, {
