@@ -24,7 +24,7 @@ from text_runs import make_token_shards, write_text_config
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-from mup_check import best_rate, coordinates, make_recipe, slopes, trained_loss
+from mup_check import best_rate, letters, make_recipe, slopes, trained_loss
 
 CPU = torch.device("cpu")
 NAMES = ("clm", "mlm", "mae")
@@ -199,6 +199,7 @@ def test_where_it_does_not_hold_it_is_refused(changes, line):
     assert str(fault.value).startswith(line)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_its_model_is_transformers(tmp_path):
     """A tied GPT-2: stopped and resumed it ends as it would have, and its export needs no word about muP."""
     config = write_text_config(tmp_path / "clm.yaml", make_token_shards(tmp_path / "tokens"), "{name: clm}", "causal: true")
@@ -281,3 +282,25 @@ def test_a_wrong_scaling_is_caught(monkeypatch, name, fault):
     monkeypatch.setattr(start, "scale_init", wrong_init)
     found = check(name)
     assert found == ["output"] if fault == "head" else len(found) > 5
+
+
+@pytest.mark.slow
+def test_the_best_rate_stays_with_mup_and_moves_without():
+    """Letters, widths 32 and 128, rates by factors of 2 and a parabola through the best three. Without muP the rate
+    falls, here by less than the width grows: the table in docs/scaling.md."""
+    text = letters()
+
+    def best(width, with_mup, exponents):
+        rates = [2.0**i for i in exponents]
+        return best_rate(rates, [trained_loss(width, with_mup, lr, text, 150, 8) for lr in rates])
+
+    narrow = best(32, True, (-8, -7, -6, -5))  # at its base width: with muP and without
+    wide, plain = best(128, True, (-9, -8, -7, -6)), best(128, False, (-9, -8, -7, -6))
+    assert abs(wide - narrow) < 1 and plain < wide - 0.25
+
+
+def test_the_vertex_of_a_parabola():
+    rates = [2.0**i for i in range(-9, -3)]
+    assert best_rate(rates, [(i + 6.3) ** 2 for i in range(-9, -3)]) == pytest.approx(-6.3)
+    assert best_rate(rates, [1.0, 2.0, 3.0, np.inf, np.inf, np.inf]) == -9
+    assert best_rate(rates, [3.0, 1.0, np.inf, np.inf, np.inf, np.inf]) == -8
