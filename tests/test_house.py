@@ -21,7 +21,7 @@ FLOORS = {
     "attention": 1, "data": 1,
     "layers": 2,
     "encoders": 3, "sharding": 3,
-    "optim": 5, "lars": 4, "schedule": 3, "metrics": 5, "flops": 0, "ema": 4, "profiling": 4,
+    "optim": 5, "lars": 4, "mup": 4, "schedule": 3, "metrics": 5, "flops": 0, "ema": 4, "profiling": 4,
     "objectives": 5,
     "recipe": 6,
     "checkpoint": 7, "saving": 8,

@@ -9,6 +9,7 @@ from torch import nn
 
 from selfsup.config import Section
 from selfsup.lars import Lars
+from selfsup.mup import lr_scales
 from selfsup.schedule import warmup_cosine, warmup_linear, warmup_stable_decay
 
 RESCUE = "Lower optim.base_lr, set optim.clip_grad_norm, or use precision.mixed: bf16"
@@ -103,6 +104,9 @@ class AdamWConfig(OptimConfig):
     """AdamW's averaging factors."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
+    mup_base_width: Annotated[int, Field(ge=1)] | None = None
+    """encoder.embed_dim at which base_lr was found: muP (`mup.py`) keeps it best at other widths with the same channels
+    a head, of clm, mlm and mae. None: the same learning rate and init for all weights, whatever the width."""
 
 
 class LarsConfig(OptimConfig):
@@ -136,23 +140,51 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
+def split_by_rate(groups: list[dict[str, Any]], scales: dict[str, float]) -> list[dict[str, Any]]:
+    """The groups parted by `lr_scale`, what the learning rate of their parameters is multiplied by.
+
+    Weight decay is divided by it. AdamW takes lr * decay of a weight off at a step: that stays the same at every width,
+    as in microsoft/mup; the memory of the weights would else grow as the width. Where all scales are 1 the groups are
+    returned as they are.
+    """
+    if set(scales.values()) == {1.0}:
+        return groups
+    found = []
+    for group in groups:
+        for scale in sorted({scales[name] for name, _ in group["params"]}, reverse=True):
+            params = [(name, p) for name, p in group["params"] if scales[name] == scale]
+            found.append({"params": params, "weight_decay": group["weight_decay"] / scale, "lr_scale": scale})
+    return found
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Every group's learning rate: lr times its `lr_scale`, which is 1 where it has none."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
 def build_optimizer(config: AdamWConfig | LarsConfig, module: nn.Module) -> torch.optim.AdamW | Lars:
     """The optimizer over the module's parameters.
 
-    AdamW is fused where there is a fused kernel (CPU and CUDA). LARS adapts what is decayed, also where
+    AdamW is fused where there is a fused kernel (CPU and CUDA); with mup_base_width its groups have learning rates of
+    their own, and `set_lr` sets them. LARS adapts what is decayed, also where
     weight_decay is 0; biases and norms get plain momentum, as in SimCLR, BYOL and MoCo-v3.
     """
     decayed, rest = param_groups(module, config.weight_decay)
     match config:
         case AdamWConfig():
-            device = next(module.parameters()).device
-            return torch.optim.AdamW(
-                [decayed, rest],
+            device, groups = next(module.parameters()).device, [decayed, rest]
+            if config.mup_base_width is not None:
+                groups = split_by_rate(groups, lr_scales(module, config.mup_base_width))
+            optimizer = torch.optim.AdamW(
+                groups,
                 lr=config.peak_lr,
                 betas=config.betas,
                 eps=config.eps,
                 fused=device.type in ("cpu", "cuda"),
             )
+            set_lr(optimizer, config.peak_lr)
+            return optimizer
         case LarsConfig():
             return Lars(
                 [decayed, {**rest, "adapt": False}],

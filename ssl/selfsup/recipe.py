@@ -12,6 +12,7 @@ from selfsup.data.views import view_kinds
 from selfsup.encoders import AnyEncoderConfig
 from selfsup.encoders.text import TextConfig
 from selfsup.encoders.vit import ViTConfig
+from selfsup.mup import check_mup
 from selfsup.objectives import CLMConfig, MAEConfig, MLMConfig, ObjectiveConfig
 from selfsup.optim import AdamWConfig, AnyOptimConfig
 from selfsup.profiling import parse_range
@@ -140,6 +141,8 @@ class Recipe(Section):
             self._check_text(self.data)
         else:
             self._check_images(self.data)
+        if isinstance(self.optim, AdamWConfig) and self.optim.mup_base_width is not None:
+            check_mup(self.objective.name, self.encoder, self.optim.mup_base_width)
         if self.run.parallel == "fsdp2":
             self._check_split()
         last = 0 if self.run.profile is None else parse_range(self.run.profile).stop

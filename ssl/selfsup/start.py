@@ -30,7 +30,9 @@ from selfsup.layers.block import Block
 from selfsup.look.pictures import grid
 from selfsup.memory import keep_freed_memory
 from selfsup.metrics import MetricsLog
+from selfsup.mup import scale_init
 from selfsup.objectives.base import Objective
+from selfsup.optim import AdamWConfig
 from selfsup.profiling import StepProfiler, parse_range
 from selfsup.recipe import Recipe, RunConfig
 from selfsup.run_folder import git_revision
@@ -114,6 +116,8 @@ def build_objective(recipe: Recipe, device: torch.device) -> Objective:
     """
     torch.manual_seed(recipe.seed)
     objective = recipe.objective.build(recipe.encoder)
+    if isinstance(recipe.optim, AdamWConfig) and recipe.optim.mup_base_width is not None:
+        scale_init(objective, recipe.optim.mup_base_width)
     if not parallel.split(recipe):  # what is split moves block by block
         objective = objective.to(device)
     synchronise(objective)

@@ -32,6 +32,7 @@ from selfsup.guard import Guard, clip, gradient_norm
 from selfsup.keyed import Purpose, random_bits
 from selfsup.metrics import StepClock
 from selfsup.opening import Opened, open_run
+from selfsup.optim import set_lr
 from selfsup.pace import Pace
 from selfsup.recipe import Recipe, load_recipe, resumed
 from selfsup.stop import INTERRUPTED, StopRequest, follow_launcher
@@ -117,8 +118,7 @@ def steps(recipe: Recipe, opened: Opened, stop: StopRequest, watchdog: Watchdog)
             stop.reason = stop.reason or "another process was asked to stop"
             break
 
-        for group in optimizer.param_groups:
-            group["lr"] = optim.lr(step)
+        set_lr(optimizer, optim.lr(step))
         guard.remember()
         sums = {"loss": torch.zeros((), device=accelerator.device)}
         for i, batch in enumerate(micro_batches):
@@ -164,7 +164,7 @@ def steps(recipe: Recipe, opened: Opened, stop: StopRequest, watchdog: Watchdog)
         if log_now and not refused:
             over_ranks = dist.sum_over_ranks(*(value.item() for value in sums.values()))
             values = {name: value / plan.world for name, value in zip(sums, over_ranks)}
-            values |= {"lr": optimizer.param_groups[0]["lr"], "samples": state.samples, **pace.read()}
+            values |= {"lr": optim.lr(step), "samples": state.samples, **pace.read()}
             if grad_norm.isfinite():  # fp16 skips a step that overflows
                 values["grad_norm"] = grad_norm.item()
             if data is not None:

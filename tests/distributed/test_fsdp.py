@@ -132,6 +132,15 @@ def test_lars_takes_norms_of_whole_tensors(bench):
 
 
 @pytest.mark.slow
+def test_mups_rates_are_those_of_whole_weights(bench):
+    """Four groups of parts, each at its own rate; at one rate for all the weights would be others."""
+    mup = [*STEADY, "--optim.mup-base-width", 16]
+    one, two = (bench.run("mlm", ranks, 3, *mup) for ranks in (1, 2))
+    assert is_split(bench, two) and off(weights(two), weights(one)) < 1e-9
+    assert off(weights(bench.run("mlm", 1, 3, *STEADY)), weights(one)) > 1e-3
+
+
+@pytest.mark.slow
 def test_an_export_of_parts_is_whole(bench, tmp_path):
     """The probe's and the export's encoder, from a checkpoint whose weights lie in two files."""
     run = bench.run("mae", 2, 3, *STEADY, float64=False)

@@ -7,12 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from selfsup.batch import ImageBatch
-from selfsup.config import validate
+from selfsup.config import merge, validate
 from selfsup.data.views import ViewBatch
 from selfsup.recipe import Recipe
 from selfsup.scaling import law
 from selfsup.scaling.grid import make_cells
 from selfsup.scaling.ladder import LadderConfig, account, nearest_divisor, sizes
+from selfsup.scaling.mup_ladder import depths_of
 from selfsup.scaling.sweep_config import Prior, SweepConfig
 from text_runs import masked
 
@@ -230,3 +231,60 @@ def test_nearest_divisor_and_faults():
         validate(LadderConfig, {"widths": [32, 16], "aspect": 8, "head_dim": 16})
     with pytest.raises(ValueError, match="depths: expected depths, one a width, or aspect"):
         validate(LadderConfig, {"widths": [16, 32], "head_dim": 16})
+
+
+MUP = {"name": "mup", "lr": 4e-3, "batch": 160, "base_width": 32}
+
+
+@pytest.mark.parametrize("name", ["clm", "mlm", "mae"])
+def test_mup_is_in_every_cell_at_one_rate(name):
+    grid = {"name": "product", "samples": [1e5]}
+    ladder = {"widths": [32, 64, 96], "depths": [2, 2, 2], "head_dim": 16}
+    base = recipe(name)
+    if name == "mae":  # half the encoder's width, heads of 8 channels, at every width
+        base = base.model_validate(merge(base.model_dump(), {"objective": {"decoder_num_heads": 3}}))
+    config = sweep(grid, MUP, floors={"steps": 1}, ladder=ladder, probe_lr=[0.5], repeat_seeds=[1])
+    cells = make_cells(base, config, Prior().model_dump()).cells
+    assert [cell.role for cell in cells] == ["grid"] * 3 + ["repeat", "probe", "probe"][: len(cells) - 3]
+    assert len(cells) >= 5 and {cell.recipe["optim"]["mup_base_width"] for cell in cells} == {32}
+    assert {cell.lr for cell in cells if cell.role != "probe"} == {4e-3} and {cell.batch for cell in cells} == {
+        10 if name != "mae" else 160
+    }  # fmt: skip
+    fixed = make_cells(base, sweep(grid, floors={"steps": 1}, ladder=ladder), Prior().model_dump()).cells
+    assert {cell.recipe["optim"]["mup_base_width"] for cell in fixed} == {None}
+
+
+@pytest.mark.parametrize(
+    "name,changes,ladder,line",
+    [
+        ("clm", {}, {"heads": [2, 2, 4]}, "ladder.head_dim: muP needs the same number of channels a head at every width, "
+                                          r"got \[16, 32, 24\]"),
+        ("clm", {"encoder": {"activation": "swiglu"}}, {}, "encoder.hidden_dim: muP needs it in one proportion"),
+        ("mae", {"objective": {"decoder_num_heads": 2}}, {"widths": [32, 64, 80]},
+         "objective.decoder_num_heads: muP needs the same number of channels a head"),
+        ("clm", {"optim": {"name": "lars"}}, {}, "rule.name: mup is for optim.name adamw, got lars"),
+        ("simclr", {}, {}, "optim.mup_base_width: expected none, muP is here for clm, mlm, mae, got"),
+    ],
+)  # fmt: skip
+def test_where_mup_does_not_hold_the_sweep_is_refused(name, changes, ladder, line):
+    grid = {"name": "product", "samples": [1e5]}
+    widths = {"widths": [32, 64, 96], "depths": [2, 2, 2]}
+    ladder = {**widths, **({} if "heads" in ladder else {"head_dim": 16}), **ladder}
+    content = recipe(name).model_dump(mode="json")
+    content["optim"] = {"base_lr": 1e-3}
+    base = validate(Recipe, merge(content, changes))
+    with pytest.raises(ValueError, match=line):
+        make_cells(base, sweep(grid, MUP, floors={"steps": 1}, ladder=ladder), Prior().model_dump())
+
+
+def test_a_recipe_with_mup_is_checked_under_any_rule():
+    grid = {"name": "product", "samples": [1e5]}
+    ladder = {"widths": [32, 64], "depths": [2, 2], "heads": [2, 2]}
+    with pytest.raises(ValueError, match="ladder.head_dim: muP needs the same number"):
+        make_cells(recipe("clm", mup_base_width=32), sweep(grid, ladder=ladder), Prior().model_dump())
+
+
+def test_depths_under_mup_are_warned_of():
+    assert depths_of(LadderConfig(widths=(32, 64), depths=(2, 2), head_dim=16)) == []
+    (found,) = depths_of(LadderConfig(widths=(32, 64), depths=(2, 6), head_dim=16))
+    assert (found.check, found.value, found.refuses) == ("depth under muP", 3, False) and "2 to 6" in found.text

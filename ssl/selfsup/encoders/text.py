@@ -185,6 +185,11 @@ class TextEncoder(nn.Module):
         return self.config.embed_dim
 
     @property
+    def last_norm(self) -> nn.Module:
+        """The norm that gives the states."""
+        return self.blocks[-1].norm2 if self.config.post_norm else self.norm
+
+    @property
     def word_weights(self) -> Float[Tensor, "v d"]:
         """The embeddings of the vocabulary's tokens, without the padded rows: what a tied head multiplies by."""
         return self.token_embed.weight[: self.config.vocab_size]

@@ -27,6 +27,12 @@ class Objective(nn.Module):
     projector: nn.Module | None
     """Features -> the embeddings that the loss compares; none: it compares something else."""
 
+    @property
+    def readouts(self) -> tuple[nn.Module, ...]:
+        """What muP scales as output (`mup.py`): layers from the width to what does not widen; of a head that is tied to
+        the embeddings, the norm before it. Only of objectives that muP is for."""
+        raise NotImplementedError
+
     def forward(self, batch: ImageBatch | ViewBatch | TextBatch, total: float) -> Output:
         """`total`: the number of targets in the global batch, over ranks and micro-batches."""
         raise NotImplementedError

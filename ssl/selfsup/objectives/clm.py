@@ -78,6 +78,10 @@ class CLM(Objective):
         return Output(global_mean(loss, total), metrics)
 
     @property
+    def readouts(self) -> tuple[nn.Module, ...]:
+        return (self.encoder.last_norm if self.decoder is None else self.decoder,)
+
+    @property
     def word_weights(self) -> Float[Tensor, "v d"]:
         """The vocabulary's weights: the encoder's embeddings, or the head's own."""
         return self.encoder.word_weights if self.decoder is None else self.decoder.weight

@@ -167,6 +167,10 @@ class MAE(Objective):
         self.encoder = encoder
         self.decoder = MAEDecoder(config, encoder.config)
 
+    @property
+    def readouts(self) -> tuple[nn.Module, ...]:
+        return (self.decoder.decoder_pred,)
+
     def forward(self, batch: ImageBatch, total: float) -> Output:
         noise = self.noise(batch)
         pred, mask = self.predict(batch.images, noise)

@@ -141,6 +141,11 @@ class MLM(Objective):
         return Output(loss + pairs, metrics)
 
     @property
+    def readouts(self) -> tuple[nn.Module, ...]:
+        words = self.head.norm if self.head.decoder is None else self.head.decoder
+        return (words,) if self.next_sentence is None else (words, self.next_sentence.score)
+
+    @property
     def word_weights(self) -> Float[Tensor, "v d"]:
         """The vocabulary's weights: the encoder's embeddings, or the head's own."""
         return self.encoder.word_weights if self.head.decoder is None else self.head.decoder.weight

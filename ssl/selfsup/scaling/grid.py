@@ -11,7 +11,8 @@ import numpy as np
 from selfsup.recipe import Recipe
 from selfsup.scaling import law
 from selfsup.scaling.ladder import Size, resized, sizes
-from selfsup.scaling.sweep_config import IsoFlop, SweepConfig, Trunk, setting_of
+from selfsup.scaling.mup_ladder import require_proportions, uses_mup
+from selfsup.scaling.sweep_config import IsoFlop, MupRule, SweepConfig, Trunk, setting_of
 
 OFF_TARGET = 0.01
 """A cell's C may miss its budget by this share."""
@@ -50,11 +51,15 @@ def make_cells(base: Recipe, config: SweepConfig, prior: dict[str, float]) -> Ma
     """Every cell of the grid that meets the floors, then held-out ones, seeds and learning rates.
 
     prior: E, A, B, alpha, beta, where isoFLOP profiles are centred. Raises ValueError for a rule for language on images,
-    and where nothing is left.
+    for muP where it does not hold, and where nothing is left.
     """
     if config.rule.name in ("porian", "olmo", "steplaw") and base.encoder.reads != "text":
         raise ValueError(f"rule.name: {config.rule.name} is for language models; expected fixed or power")
+    if isinstance(config.rule, MupRule) and base.optim.name != "adamw":
+        raise ValueError(f"rule.name: mup is for optim.name adamw, got {base.optim.name}; expected fixed or power")
     ladder, left_out = sizes(base, config.ladder), Counter()
+    if uses_mup(base, config.rule):
+        require_proportions(base, ladder)
     if isinstance(config.grid, IsoFlop):
         cells = _isoflop(base, config, ladder, prior, left_out)
     elif isinstance(config.grid, Trunk):
@@ -147,6 +152,8 @@ def cell_of(
         "steps": steps, "batch_size": batch, "base_lr": lr, "lr_scaling": "none",
         "min_lr": base.optim.min_lr / base.optim.peak_lr * lr, **schedule,
     }  # fmt: skip
+    if isinstance(config.rule, MupRule):
+        optim["mup_base_width"] = config.rule.base_width
     recipe = resized(base, {**size.changes, "optim": optim, "seed": config.seed, "run": _quiet(steps)})
     content = recipe.model_dump(mode="json")
     del content["run"]["dir"]

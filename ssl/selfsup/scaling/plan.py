@@ -11,6 +11,7 @@ from selfsup.recipe import Recipe, load_recipe
 from selfsup.scaling.finding import split
 from selfsup.scaling.grid import Cell, make_cell, make_cells
 from selfsup.scaling.ladder import sizes, vocabulary
+from selfsup.scaling.mup_ladder import depths_of, uses_mup
 from selfsup.scaling.result import Result, findings_json, read_result, write_json
 from selfsup.scaling.simulate import Design, Expected, judge, propose, simulate
 from selfsup.scaling.sweep_config import IsoFlop, SweepConfig, load_sweep
@@ -87,7 +88,10 @@ def make_plan(path: Path, pilot: Path | None = None, flop_per_second: float | No
     expected = simulate(design, prior, config.noise, target, draws=draws)
     budget = np.array([cell.budget for cell in cells]) if isinstance(config.grid, IsoFlop) else None
     steps = np.array([float(cell.steps) for cell in cells])
-    warnings, refused = split(judge(design, expected, prior, budget, steps))
+    findings = judge(design, expected, prior, budget, steps)
+    if uses_mup(base, config.rule):
+        findings = [*findings, *depths_of(config.ladder)]
+    warnings, refused = split(findings)
     rate = flop_per_second or float(np.median(list(rates.values())))
     proposals = _proposals(base, config, made.cells, design, prior, target, rates, rate)
     return Plan(

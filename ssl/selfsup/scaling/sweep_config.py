@@ -113,7 +113,23 @@ class StepLawRule(Section):
         return rules.steplaw(params, samples)
 
 
-AnyRule = FixedRule | PowerRule | PorianRule | OlmoRule | StepLawRule
+class MupRule(Section):
+    """One learning rate and batch for all widths, with muP (`selfsup.mup`) in every cell: for AdamW, and along heads of
+    one size."""
+
+    name: Literal["mup"] = "mup"
+    lr: Positive
+    """Peak learning rate, found at base_width."""
+    batch: Positive
+    """Tokens or images of a batch."""
+    base_width: Annotated[int, Field(ge=1)]
+    """encoder.embed_dim at which the model is as its recipe says."""
+
+    def setting(self, params: float, samples: float) -> Setting:
+        return Setting(self.lr, self.batch)
+
+
+AnyRule = FixedRule | PowerRule | PorianRule | OlmoRule | StepLawRule | MupRule
 LearningRule = Annotated[AnyRule, Field(discriminator="name")]
 
 
