@@ -108,6 +108,39 @@ def test_expected_and_found_are_of_one_size(sweep, monkeypatch):
     assert 0.3 < float(summary.expected[1][3]) < 4
 
 
+def test_other_learning_rates_and_seeds(tmp_path, monkeypatch):
+    """Probes are not fitted; which rate was best is said. The noise is that of the seeds' log losses, by hand."""
+    plan = make_plan(written(tmp_path, probe_lr=[0.5, 2.0], repeat_seeds=[1, 2]), None, 1e9)
+    folder = tmp_path / "sweep"
+    lock, states = open_sweep(plan, folder)
+    lock.close()
+    logs: dict[tuple, list[float]] = {}
+    for i, state in enumerate(states.values()):
+        cell = SimpleNamespace(**state["cell"])
+        loss = float(law.chinchilla(**TRUTH, params=cell.params, samples=cell.samples)) * (1 + 0.001 * (i % 3))
+        if cell.role == "probe":  # at the smallest size both are worse, at the other half the rate is better
+            smallest = cell.params == min(other["cell"]["params"] for other in states.values())
+            loss *= 1.1 if smallest or cell.lr > 1e-3 else 0.9
+        if cell.role == "repeat":
+            logs.setdefault((cell.size, cell.steps), []).append(np.log(loss))
+        state.update(state="done", result={"state": "done", "loss": loss, "initial_loss": 4.85, "unique": 10**12, "seconds": 1.0})
+    for state in states.values():
+        cell = state["cell"]
+        if cell["role"] == "grid" and (cell["size"], cell["steps"]) in logs:
+            logs[cell["size"], cell["steps"]].append(np.log(state["result"]["loss"]))
+    write_atomically(folder / "state.json", json.dumps(states).encode())
+    write_atomically(folder / "results.csv", table(states).encode())
+    assert " --lr " not in fit_command(plan, folder)
+    result = fit(plan, folder, monkeypatch)
+    assert result.about["rows_used"] == 14  # 12 of the grid, 2 seeds
+    summary = summarise(result, folder)
+    assert [row[3] for row in summary.rates[1:]] == ["0.5", "1", "2"] * 2
+    assert "best of those tried at 1 of 2 sizes: the law is of that rule." in summary.verdict
+    (three,) = logs.values()
+    assert len(three) == 3 and summary.expected[-1][2] == f"{np.std(three, ddof=1):.2g}"
+    assert "Other learning rates" in "".join(sections(summary)) and "of the rule's" in "\n".join(lines(summary))
+
+
 def test_faults(sweep, tmp_path, monkeypatch):
     plan, folder, _ = sweep
     result = fit(plan, folder, monkeypatch)

@@ -105,18 +105,21 @@ def run_sweep(
                 states[cell.id].update(state="pending", failures=0, reason="")
         _save(folder, states)
         while True:
+            ended = False
             for name, job in list(flying.items()):
                 if job.done():
                     del flying[name]
                     _ended(folder, states, name, job, retries)
                     _save(folder, states)
-                    say(_progress(plan, states, workers))
+                    ended = True
             for cell in plan.as_cells():
                 if states[cell.id]["state"] == "pending" and len(flying) < workers and _ready(states, cell):
                     flying[cell.id] = executor.submit(run_cell, str(folder.absolute()), cell.id)
                     states[cell.id]["state"] = "running"
                     _save(folder, states)
             _save(folder, states)
+            if ended:
+                say(_progress(plan, states, workers))
             if not flying and not any(states[cell.id]["state"] == "pending" for cell in plan.as_cells()):
                 return states
             time.sleep(pause)
@@ -208,11 +211,13 @@ def make_executor(
 
 
 def fit_command(plan: Plan, folder: Path) -> str:
-    """What fits the law to the table."""
+    """What fits the law to the table. Rates are judged by its `--lr` only where the sweep probes none: probes are not
+    fitted, and `report --sweep` has them."""
     vocab = "" if plan.vocab is None else f" --initial-loss initial_loss --vocab {plan.vocab}"
     budget = " --budget budget" if plan.config["grid"]["name"] == "isoflop" else ""
     columns = "--params params --samples samples --flops flops --loss loss"
-    more = "--unique unique --cluster cluster --lr lr --steps steps --warmup warmup"
+    rates = "" if plan.config["probe_lr"] else " --lr lr"
+    more = f"--unique unique --cluster cluster{rates} --steps steps --warmup warmup"
     return (
         f"selfsup scaling fit {folder / TABLE} --where fit=1 {columns}{budget} {more}{vocab} "
         f"--json {folder / 'fit.json'}"

@@ -31,6 +31,7 @@ class Summary:
     states: str
     expected: Rows
     held_out: Rows
+    rates: Rows
     without_loss: Rows
     unidentified: list[str]
     verdict: str
@@ -57,6 +58,7 @@ def summarise(result: Result, folder: Path) -> Summary:
         if state["state"] != "done":
             cell = state["cell"]
             lost.append((cell["id"], cell["role"], cell["size"], f"{cell['flops']:.3g}", state["state"], state["reason"]))
+    rates, best = _rates(cells)
     counts = Counter(state["state"] for state in cells)
     verdict = "The fit is refused as a ground for plans: " + ", ".join(f["check"] for f in result.refused) + "."
     if not result.refused:
@@ -66,9 +68,14 @@ def summarise(result: Result, folder: Path) -> Summary:
             f" It foretold {len(errors)} held-out runs with a mean error of {np.mean(errors):.2%} (largest "
             f"{np.max(errors):.2%}); {inside} of them lie within the law's 95% intervals."
         )
+    if best:
+        verdict += (
+            f" The rule's learning rate was the best of those tried at {sum(best)} of {len(best)} sizes"
+            f"{'' if all(best) else ': the law is of that rule'}."
+        )
     return Summary(
         plan["command"], ", ".join(f"{count} {state}" for state, count in counts.items()),
-        _expected(result, plan), held, lost, unidentified(result), verdict,
+        [*_expected(result, plan), *_noise(cells, plan)], held, rates, lost, unidentified(result), verdict,
     )  # fmt: skip
 
 
@@ -139,6 +146,45 @@ def _held_out(result: Result, cells: list[dict[str, Any]]) -> tuple[Rows, list[f
     return rows, errors, int(inside)
 
 
+def _noise(cells: list[dict[str, Any]], plan: dict[str, Any]) -> Rows:
+    """The scatter of log loss between seeds, of cells that differ by nothing else, beside what the plan believed."""
+    groups: dict[tuple, list[float]] = {}
+    for state in cells:
+        cell = state["cell"]
+        if state["state"] == "done" and cell["role"] in ("grid", "repeat"):
+            groups.setdefault((cell["size"], cell["steps"], cell["lr"]), []).append(np.log(state["result"]["loss"]))
+    repeated = [losses for losses in groups.values() if len(losses) > 1]
+    if not repeated:
+        return []
+    freedom = sum(len(losses) - 1 for losses in repeated)
+    found = float(np.sqrt(sum(np.var(losses) * len(losses) for losses in repeated) / freedom))
+    believed = plan["expected"]["noise"]
+    name = f"noise of log loss ({freedom} degrees of freedom)"
+    return [(name, f"{believed:g}", f"{found:.2g}", f"{found / believed:.2g}")]
+
+
+def _rates(cells: list[dict[str, Any]]) -> tuple[Rows, list[bool]]:
+    """The losses of sizes that were tried at other learning rates, by rate; whether the rule's was best at each."""
+    done = [state for state in cells if state["state"] == "done" and state["planned"]]
+    rows: Rows = [("size", "FLOPs", "learning rate", "of the rule's", "loss")]
+    best = []
+    for own in (state for state in done if state["cell"]["role"] == "grid"):
+        key = [own["cell"][name] for name in ("size", "steps", "seed")]
+        tried = [s for s in done if s["cell"]["role"] == "probe" and [s["cell"][n] for n in ("size", "steps", "seed")] == key]
+        for state in sorted([own, *tried], key=_lr) if tried else ():
+            cell = state["cell"]
+            share = cell["lr"] / own["cell"]["lr"]
+            loss = state["result"]["loss"]
+            rows.append((cell["size"], f"{cell['flops']:.3g}", f"{cell['lr']:.3g}", f"{share:.3g}", f"{loss:.4f}"))
+        if tried:
+            best.append(own["result"]["loss"] <= min(state["result"]["loss"] for state in tried))
+    return rows, best
+
+
+def _lr(state: dict[str, Any]) -> float:
+    return state["cell"]["lr"]
+
+
 def sections(summary: Summary) -> list[str]:
     """The summary as parts of the report's page."""
     parts = [
@@ -148,6 +194,8 @@ def sections(summary: Summary) -> list[str]:
     ]
     if len(summary.held_out) > 1:
         parts.append(html_table(summary.held_out))
+    if len(summary.rates) > 1:
+        parts.append(f"<h3>Other learning rates</h3>{html_table(summary.rates)}")
     gaps = "".join(f"<li>{escape(text)}</li>" for text in summary.unidentified) or "<li>nothing that is checked</li>"
     parts.append(f"<h3>Not identified</h3><ul>{gaps}</ul>")
     if len(summary.without_loss) > 1:
@@ -158,7 +206,7 @@ def sections(summary: Summary) -> list[str]:
 def lines(summary: Summary) -> list[str]:
     """The summary as text."""
     found = [f"sweep: {summary.states}"]
-    for rows in (summary.expected, summary.held_out, summary.without_loss):
+    for rows in (summary.expected, summary.held_out, summary.rates, summary.without_loss):
         if len(rows) > 1:
             widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
             found += ["", *("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)]
