@@ -13,6 +13,7 @@ import pytest
 from scaling_tables import ROOT, TRUTH, checkpoint_design, isoflop_design, simulated
 from selfsup import cli
 from selfsup.scaling import law, report
+from selfsup.scaling.assemble import largest_run, make_result
 from selfsup.scaling.result import read_result
 from selfsup.scaling.rules import steplaw
 from selfsup.scaling.speed import measured_flop_per_second
@@ -326,18 +327,24 @@ def test_a_law_without_one_of_its_terms_is_drawn(tmp_path, monkeypatch, capsys):
 
 
 def test_constant_losses(tmp_path, monkeypatch, capsys):
-    """A law that is fitted is refused and drawn; one without finite coefficients is one line, nothing is written."""
+    """No curve has a minimum; the laws are refused, and their files are read and drawn, what is not finite included."""
     out, folder = tmp_path / "fit.json", tmp_path / "report"
     words = [*FIT[:-1], "100", "--json", out]
     params, samples = isoflop_design(budgets=6, sizes=7, reach=5)
     path = write(tmp_path / "flat.csv", params, samples, [3.0] * 42)
-    for form, wrong in (("kaplan", "no finite Nc"), ("isoflop", "two with a minimum")):
-        code, _, error = run(monkeypatch, capsys, "fit", path, *words, "--form", form)
-        assert code == 2 and wrong in error and error.count("\n") == 1 and not out.exists()
-    few = write(tmp_path / "few.csv", *isoflop_design(budgets=4, sizes=5), [3.0] * 20)
-    for table, form in ((path, "chinchilla"), (few, "kaplan")):
-        assert run(monkeypatch, capsys, "fit", table, *words, "--form", form)[0] == 1
+    code, _, error = run(monkeypatch, capsys, "fit", path, *words, "--form", "isoflop")
+    assert code == 2 and "two with a minimum" in error and error.count("\n") == 1 and not out.exists()
+    for form in ("chinchilla", "kaplan"):
+        assert run(monkeypatch, capsys, "fit", path, *words, "--form", form)[0] == 1
         assert run(monkeypatch, capsys, "report", "--fit", out, "--out", folder)[0] == 0
+    assert json.loads(out.read_text())["extrapolation"]["mean_error"] is None
+
+
+def test_coefficients_that_are_not_finite_are_one_line():
+    runs = simulated(*isoflop_design(), 0.001)
+    values = {"Nc": np.inf, "Dc": 1e10, "alpha_N": 0.1, "alpha_D": 0.1}
+    with pytest.raises(ValueError, match="the fit has no finite Nc"):
+        make_result("kaplan", runs, values, {}, 0.0, [], {}, None, largest_run(runs), {})
 
 
 @pytest.mark.parametrize("form", ["chinchilla", "kaplan", "isoflop", "bnsl"])

@@ -189,10 +189,11 @@ def prediction_bnsl(axes: Axes, result: Result) -> None:
 def identified(axes: Axes, result: Result) -> None:
     """How far each coefficient's draws spread, as multiples of its value: what is wide is not identified."""
     names, labels, wide = list(result.coefficients), [], 0
-    fixed = [name for name in names if name not in result.draws or np.ptp(result.draws[name]) == 0]
+    drawn = {name: np.nan_to_num(value, nan=np.inf) for name, value in result.values().items()}  # overflown
+    fixed = [name for name in names if name not in drawn or drawn[name].min() == drawn[name].max()]
     names = [name for name in names if name not in fixed]
     for place, name in enumerate(reversed(names)):
-        value, draws = result.coefficients[name], np.array(result.draws[name], dtype=np.float64)
+        value, draws = result.coefficients[name], drawn[name]
         scale = abs(value) if value else float(np.median(np.abs(draws))) or 1.0
         ratio = np.clip(draws / scale, 1e-2, 1e2)
         low, high = np.quantile(ratio, _BAND)
