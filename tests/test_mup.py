@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
 from running import ROOT, Server, final_state, metrics
@@ -202,6 +201,8 @@ def test_where_it_does_not_hold_it_is_refused(changes, line):
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_its_model_is_transformers(tmp_path):
     """A tied GPT-2: stopped and resumed it ends as it would have, and its export needs no word about muP."""
+    import transformers  # takes seconds
+
     config = write_text_config(tmp_path / "clm.yaml", make_token_shards(tmp_path / "tokens"), "{name: clm}", "causal: true")
     server = Server()
     try:
