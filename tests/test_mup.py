@@ -203,7 +203,8 @@ def test_a_run_goes_on_bit_for_bit_and_its_model_is_transformers(tmp_path):
     """A tied GPT-2: stopped and resumed it ends as it would have, and its export needs no word about muP."""
     import transformers  # takes seconds
 
-    config = write_text_config(tmp_path / "clm.yaml", make_token_shards(tmp_path / "tokens"), "{name: clm}", "causal: true")
+    shards = make_token_shards(tmp_path / "tokens")
+    config = write_text_config(tmp_path / "clm.yaml", shards, "{name: clm}", "causal: true")
     server = Server()
     try:
         options = ["--optim.mup-base-width", 16, "--optim.steps", 6]
@@ -232,8 +233,8 @@ def test_a_run_goes_on_bit_for_bit_and_its_model_is_transformers(tmp_path):
 # Slopes of log mean |activation| on log width 32 to 256. Wanted is 0; at such widths what falls as a power is not gone.
 FLAT = (-0.25, 0.25)
 OUTPUT = (-0.6, 0.25)
-"""An output changes by what its own weights and what the layers below them have learned, the latter seen through initial
-weights: that part falls as the root of the width."""
+"""An output changes by what its own weights and what the layers below them have learned, the latter seen through
+initial weights: that part falls as the root of the width."""
 
 
 def moved(found):
