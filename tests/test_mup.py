@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
 from running import ROOT, Server, final_state, metrics
@@ -202,7 +201,10 @@ def test_where_it_does_not_hold_it_is_refused(changes, line):
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_its_model_is_transformers(tmp_path):
     """A tied GPT-2: stopped and resumed it ends as it would have, and its export needs no word about muP."""
-    config = write_text_config(tmp_path / "clm.yaml", make_token_shards(tmp_path / "tokens"), "{name: clm}", "causal: true")
+    import transformers  # takes seconds
+
+    shards = make_token_shards(tmp_path / "tokens")
+    config = write_text_config(tmp_path / "clm.yaml", shards, "{name: clm}", "causal: true")
     server = Server()
     try:
         options = ["--optim.mup-base-width", 16, "--optim.steps", 6]
@@ -231,8 +233,8 @@ def test_a_run_goes_on_bit_for_bit_and_its_model_is_transformers(tmp_path):
 # Slopes of log mean |activation| on log width 32 to 256. Wanted is 0; at such widths what falls as a power is not gone.
 FLAT = (-0.25, 0.25)
 OUTPUT = (-0.6, 0.25)
-"""An output changes by what its own weights and what the layers below them have learned, the latter seen through initial
-weights: that part falls as the root of the width."""
+"""An output changes by what its own weights and what the layers below them have learned, the latter seen through
+initial weights: that part falls as the root of the width."""
 
 
 def moved(found):

@@ -114,7 +114,8 @@ def rows(text: Tensor, count: int, seed: int) -> TextBatch:
     cut = text[starts + torch.arange(LENGTH + 1)]  # (count, length + 1)
     number = torch.arange(count)
     return TextBatch(
-        cut[:, :-1].contiguous(), cut[:, 1:].flatten(), None, None, None, None, None, count, 0, 0 * number, number, number
+        cut[:, :-1].contiguous(), cut[:, 1:].flatten(), None, None, None, None, None, count, 0, 0 * number, number,
+        number,
     )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def trained_loss(width: int, mup: bool, lr: float, text: Tensor, steps: int, bat
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """log2 of the best rate: the vertex of the parabola through the least loss and its neighbours; at an end that end."""
+    """log2 of the best rate: the vertex of the parabola through the least loss and its neighbours; at an end, it."""
     i, x = int(np.argmin(losses)), np.log2(rates)
     if i in (0, len(rates) - 1) or not np.isfinite(losses[i - 1 : i + 2]).all():
         return float(x[i])

@@ -40,8 +40,8 @@ def require_proportions(base: Recipe, ladder: Sequence[Size]) -> None:
         if max(found) > APART * min(found):
             got = ", ".join(f"{share:.3g}" for share in found)
             raise ValueError(
-                f"{key}: muP needs it in one proportion to the encoder's at every width, got {got}; set it in the recipe "
-                f"so that it is a whole number at every width"
+                f"{key}: muP needs it in one proportion to the encoder's at every width, got {got}; set it in the "
+                f"recipe so that it is a whole number at every width"
             )
 
 
@@ -51,7 +51,7 @@ def depths_of(ladder: LadderConfig) -> list[Finding]:
     if len(set(depths)) == 1:
         return []
     text = (
-        f"muP keeps the learning rate over widths; depths {min(depths)} to {max(depths)} move it as they do without: give "
-        f"all widths one depth (ladder.depths), or probe_lr"
+        f"muP keeps the learning rate over widths; depths {min(depths)} to {max(depths)} move it as they do without: "
+        f"give all widths one depth (ladder.depths), or probe_lr"
     )
     return [Finding("depth under muP", max(depths) / min(depths), 1.0, text)]
