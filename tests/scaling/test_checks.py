@@ -79,7 +79,6 @@ def test_a_table_on_no_grid_is_not_accused_of_its_fit():
     silent(scattered, but=OF_BUDGETS)
 
 
-@pytest.mark.xfail(strict=True, reason="compute on no grid is cut into budgets of 10%, whose minima are chance")
 def test_a_table_on_no_grid_has_no_budgets():
     silent(scattered)
 
