@@ -184,6 +184,8 @@ def test_groups_take_off_the_same_at_every_width():
         ({"optim": {"name": "lars", "mup_base_width": 32}},
          "optim.mup_base_width: unknown key; it belongs to optim.name adamw"),
         ({"optim": {"mup_base_width": 24}}, "optim.mup_base_width: expected a multiple of 16, the channels of a head"),
+        ({"optim": {"mup_base_width": 32}}, "optim.mup_base_width: at width 32 the decoder would have 8 channels, which are "
+         "no heads of 16"),
         ({"optim": {"mup_base_width": 0}}, "optim.mup_base_width: expected 1 <= x, got 0"),
         ({"objective": {"name": "simclr"}, "data": {"shards": "x", "views": "simclr-32"},
           "optim": {"mup_base_width": 32}}, "optim.mup_base_width: expected none, muP is here for clm, mlm, mae"),

@@ -2,8 +2,9 @@
 
     python tools/sweep.py configs/sweeps/clm-imdb-pilot.yaml configs/sweeps/clm-imdb.yaml runs/clm-imdb
 
-Runs what a person would type, step by step, and prints it. Everything is in FOLDER; stopped anywhere and started again,
-cells that are over are not run again. A refused pilot is gone on from: its law is nearer than a guess.
+Runs what a person would type, step by step, and prints it. Cells, table, fits and report are in FOLDER, the two plans beside
+it; stopped anywhere and started again, cells that are over are not run again, and those that failed are tried anew.
+A refused pilot is gone on from: its law is nearer than a guess. A refused sweep is not run.
 """
 
 import shlex
@@ -19,22 +20,25 @@ from selfsup.scaling.plan import read_plan
 from selfsup.scaling.sweep import fit_command
 
 
-def step(words: list[str], refused_is_fine: bool = False) -> None:
-    """Runs one command. Exit code 1 of a fit is a refusal: it is written, and said."""
+def step(words: list[str], makes: Path | None = None, fine: tuple[int, ...] = (0, 1)) -> None:
+    """Runs one command. Exit code 1 is a refusal, or of `run` a failed cell: it is said, and what was written is used.
+
+    makes: the file that it writes anew. Ends the program where there is none, or for another exit code.
+    """
     print(f"\n$ {shlex.join(words)}", flush=True)
+    if makes is not None:
+        makes.unlink(missing_ok=True)
     code = subprocess.run([sys.executable, "-m", "selfsup.cli", *words[1:]], check=False).returncode
-    if code and not (refused_is_fine and code == 1):
+    if code not in fine or (makes is not None and not makes.exists()):
         sys.exit(f"stopped: {shlex.join(words)} gave exit code {code}")
 
 
-def fit(plan: Path, folder: Path, out: Path) -> None:
-    """The fit that `run` prints, into a file of its own."""
+def run_and_fit(plan: Path, folder: Path, out: Path, more: list[str]) -> None:
+    """The cells of a plan, and the fit that `run` prints, into a file of its own."""
+    step(["selfsup", "scaling", "run", str(plan), "--out", str(folder), "--again", *more])
     words = shlex.split(fit_command(read_plan(plan), folder))
     words[words.index("--json") + 1] = str(out)
-    out.unlink(missing_ok=True)
-    step(words, refused_is_fine=True)
-    if not out.exists():
-        sys.exit(f"stopped: no fit of {folder}")
+    step(words, out)
 
 
 def main(
@@ -48,19 +52,17 @@ def main(
     Args:
         pilot: the pilot's YAML file.
         sweep: the sweep's.
-        folder: of both; plans lie beside it.
+        folder: of both; the plans lie beside it.
     """
     began = time.monotonic()
-    plans = [folder.with_name(f"{folder.name}-{name}.json") for name in ("pilot", "sweep")]
+    first, second = (folder.with_name(f"{folder.name}-{name}.json") for name in ("pilot", "sweep"))
+    guess, law = folder / "pilot.json", folder / "fit.json"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    step(["selfsup", "scaling", "plan", str(pilot), "--json", str(plans[0])], refused_is_fine=True)
-    step(["selfsup", "scaling", "run", str(plans[0]), "--out", str(folder), "--anyway"])
-    fit(plans[0], folder, folder / "pilot.json")
-    step(["selfsup", "scaling", "plan", str(sweep), "--pilot", str(folder / "pilot.json"), "--json", str(plans[1])])
-    step(["selfsup", "scaling", "run", str(plans[1]), "--out", str(folder)])
-    fit(plans[1], folder, folder / "fit.json")
-    report = ["--fit", str(folder / "fit.json"), "--sweep", str(folder), "--out", str(folder / "report")]
-    step(["selfsup", "scaling", "report", *report])
+    step(["selfsup", "scaling", "plan", str(pilot), "--json", str(first)], first)
+    run_and_fit(first, folder, guess, ["--anyway"])
+    step(["selfsup", "scaling", "plan", str(sweep), "--pilot", str(guess), "--json", str(second)], second, fine=(0,))
+    run_and_fit(second, folder, law, [])
+    step(["selfsup", "scaling", "report", "--fit", str(law), "--sweep", str(folder), "--out", str(folder / "report")])
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes; {folder / 'report'}")
 
 

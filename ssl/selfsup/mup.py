@@ -8,7 +8,8 @@ The learning rate that is best for a narrow model is then best for a wide one. W
 
 These are the paper's table 3, each row against the model as it is at the base width: there nothing changes. Table 8
 has for the output an init and a learning rate as at the base width and a multiplier r in the forward pass: the same
-function after every step of Adam, whose update does not depend on the scale of a gradient (but for its eps). So does a
+function after every step of Adam, whose update does not depend on the scale of a gradient (but for its eps, and for
+clipping: the norm of all gradients weighs such layers otherwise). So does a
 head that is tied to the embeddings get its multiplier here: weight and bias of the norm before it start at r times what
 they are and learn at lr * r. No forward pass changes, and a checkpoint is that of any other run.
 
@@ -27,11 +28,14 @@ from selfsup.encoders.text import TextConfig, TextEncoder
 from selfsup.encoders.vit import ViTConfig
 
 OBJECTIVES = ("clm", "mlm", "mae")
-"""Every layer of these widens with the encoder; the projectors of the others do not."""
+"""Every layer of these can widen with the encoder; the projectors of the others do not."""
 
 
-def check_mup(objective: str, encoder: Section, base_width: int) -> None:
-    """Raises ValueError where muP does not hold, or where no model of the base width has such heads."""
+def check_mup(objective: str, encoder: Section, base_width: int, decoder: tuple[int, int] | None = None) -> None:
+    """Raises ValueError where muP does not hold, or where no model of the base width has such heads.
+
+    decoder: width and heads of mae's. At the base width it is narrower in the same proportion, as is an MLP of fixed size.
+    """
     if objective not in OBJECTIVES or not isinstance(encoder, (TextConfig, ViTConfig)):
         raise ValueError(
             f"optim.mup_base_width: expected none, muP is here for {', '.join(OBJECTIVES)}, got objective.name "
@@ -42,6 +46,11 @@ def check_mup(objective: str, encoder: Section, base_width: int) -> None:
         raise ValueError(
             f"optim.mup_base_width: expected a multiple of {head_dim}, the channels of a head, which are the same at "
             f"every width, got {base_width}; change it or encoder.num_heads"
+        )
+    if decoder is not None and decoder[0] * base_width % (encoder.embed_dim * (decoder[0] // decoder[1])):
+        raise ValueError(
+            f"optim.mup_base_width: at width {base_width} the decoder would have {decoder[0] * base_width / encoder.embed_dim:g} "
+            f"channels, which are no heads of {decoder[0] // decoder[1]}; change it or objective.decoder_embed_dim"
         )
 
 
@@ -79,7 +88,7 @@ def scale_init(objective: nn.Module, base_width: int) -> None:
 
 def drawn(layer: nn.Linear | nn.Conv2d, objective: nn.Module, ratio: float) -> float:
     """How many times larger the layer's weights are drawn at the base width. Text's have one size at every width; those
-    of images are Xavier's, sqrt(2 / (fan_in + fan_out)): of a hidden matrix this is sqrt(r) itself."""
+    of images are Xavier's, sqrt(2 / (fan_in + fan_out)): of a hidden matrix 1 / sqrt(r), so that it stays as it is drawn."""
     if isinstance(objective.encoder, TextEncoder):
         return 1.0
     rows, columns = _fans(layer.weight)

@@ -106,7 +106,8 @@ class AdamWConfig(OptimConfig):
     """AdamW's epsilon."""
     mup_base_width: Annotated[int, Field(ge=1)] | None = None
     """encoder.embed_dim at which base_lr was found: muP (`mup.py`) keeps it best at other widths with the same channels
-    a head, of clm, mlm and mae. None: the same learning rate and init for all weights, whatever the width."""
+    a head, of clm, mlm and mae. At that width all else (decoder, MLP) is taken to be narrower in the same proportion.
+    None: the same learning rate and init for all weights, whatever the width."""
 
 
 class LarsConfig(OptimConfig):

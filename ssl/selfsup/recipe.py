@@ -142,7 +142,9 @@ class Recipe(Section):
         else:
             self._check_images(self.data)
         if isinstance(self.optim, AdamWConfig) and self.optim.mup_base_width is not None:
-            check_mup(self.objective.name, self.encoder, self.optim.mup_base_width)
+            mae = self.objective if isinstance(self.objective, MAEConfig) else None
+            decoder = None if mae is None else (mae.decoder_embed_dim, mae.decoder_num_heads)
+            check_mup(self.objective.name, self.encoder, self.optim.mup_base_width, decoder)
         if self.run.parallel == "fsdp2":
             self._check_split()
         last = 0 if self.run.profile is None else parse_range(self.run.profile).stop

@@ -1,6 +1,7 @@
 """The report of a sweep: expected beside found, held-out runs beside predictions, no cell unnamed. Losses are a law's."""
 
 import json
+import shlex
 import sys
 from dataclasses import replace
 from html import escape
@@ -25,7 +26,7 @@ TRUTH = {"E": 1.0, "A": 60.0, "B": 300.0, "alpha": 0.4, "beta": 0.4}
 def sweep(tmp_path):
     """A sweep whose cells have the losses of a law, one diverged, one failed, one held-out run 3% off."""
     plan = replace(make_plan(written(tmp_path), None, 1e9), command="selfsup scaling plan 'my sweep.yaml'")
-    folder = tmp_path / "sweep"
+    folder = tmp_path / "my sweep"
     lock, states = open_sweep(plan, folder)
     lock.close()
     draw = np.random.default_rng(2)
@@ -50,7 +51,7 @@ def sweep(tmp_path):
 
 
 def fit(plan, folder, monkeypatch):
-    words = fit_command(plan, folder).split()
+    words = shlex.split(fit_command(plan, folder))
     monkeypatch.setattr(sys, "argv", [*words, "--resamples", "200"])
     cli.main()
     return read_result(folder / "fit.json")
@@ -83,7 +84,7 @@ def test_the_page_says_it_all(sweep, tmp_path, monkeypatch, capsys):
     assert f"<td>{low:.3f} to {high:.3f}</td><td>{found[0]:.3f} to {found[1]:.3f}</td>" in page
     # The commands: of the plan, of the fit, of the page itself.
     assert plan.command and escape(plan.command) in page and escape(result.about["command"]) in page
-    assert f"selfsup scaling report --fit {folder / 'fit.json'}" in page
+    assert escape(f"selfsup scaling report --fit '{folder / 'fit.json'}'") in page
     assert "\n".join(lines(summary)) in said
 
 
@@ -102,10 +103,11 @@ def test_what_is_not_identified_stands_in_the_page(sweep, tmp_path, monkeypatch)
 
 
 def test_expected_and_found_are_of_one_size(sweep, monkeypatch):
-    """The law's runs have the noise that the plan was told: the bootstrap's interval is about as wide as expected."""
+    """The law's runs have the noise that the plan was told: the bootstrap's interval is of the size expected, wider as two
+    cells of twelve are lost."""
     plan, folder, _ = sweep
     summary = summarise(fit(plan, folder, monkeypatch), folder)
-    assert 0.3 < float(summary.expected[1][3]) < 4
+    assert 0.3 < float(summary.expected[1][3]) < 8
 
 
 def test_other_learning_rates_and_seeds(tmp_path, monkeypatch):

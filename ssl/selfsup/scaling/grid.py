@@ -170,8 +170,16 @@ def cell_of(
 
 def digest(recipe: dict[str, Any], config: SweepConfig, *rest: Any) -> str:
     """The name of a cell: a hash of all that its result depends on."""
-    parts = [{k: v for k, v in recipe.items() if k != "run"}, config.held_out.of(recipe["objective"]["name"]), *rest]
+    parts = [
+        {key: _given(value) for key, value in recipe.items() if key != "run"},
+        config.held_out.of(recipe["objective"]["name"]), *rest,
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _given(section: Any) -> Any:
+    """Without keys that are none: a key that a later version adds, and that is not used, changes no name."""
+    return {k: v for k, v in section.items() if v is not None} if isinstance(section, dict) else section
 
 
 def _quiet(steps: int) -> dict[str, Any]:

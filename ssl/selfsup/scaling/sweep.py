@@ -4,6 +4,7 @@ import csv
 import fcntl
 import io
 import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -95,14 +96,14 @@ def run_sweep(
     lock, states = open_sweep(plan, folder)
     flying: dict[str, Any] = {}
     try:
-        for cell in plan.as_cells():
-            _take(folder, states, cell.id)
-            who = held_by(folder_of(folder, cell.id))
-            if who is not None and states[cell.id]["state"] == "pending":
-                flying[cell.id], states[cell.id]["state"] = Left(folder_of(folder, cell.id)), "running"
-                say(f"{cell.id}: still at work since an earlier start ({who}); waiting for it")
-            if again and states[cell.id]["state"] == "failed":
-                states[cell.id].update(state="pending", failures=0, reason="")
+        for name, state in states.items():  # also those of an earlier plan alone
+            _take(folder, states, name)
+            who = held_by(folder_of(folder, name))
+            if who is not None and state["state"] == "pending":
+                flying[name], state["state"] = Left(folder_of(folder, name)), "running"
+                say(f"{name}: still at work since an earlier start ({who}); waiting for it")
+            if again and state["planned"] and state["state"] == "failed":
+                state.update(state="pending", failures=0, reason="")
         _save(folder, states)
         while True:
             ended = False
@@ -219,6 +220,6 @@ def fit_command(plan: Plan, folder: Path) -> str:
     rates = "" if plan.config["probe_lr"] else " --lr lr"
     more = f"--unique unique --cluster cluster{rates} --steps steps --warmup warmup"
     return (
-        f"selfsup scaling fit {folder / TABLE} --where fit=1 {columns}{budget} {more}{vocab} "
-        f"--json {folder / 'fit.json'}"
+        f"selfsup scaling fit {shlex.quote(str(folder / TABLE))} --where fit=1 {columns}{budget} {more}{vocab} "
+        f"--json {shlex.quote(str(folder / 'fit.json'))}"
     )

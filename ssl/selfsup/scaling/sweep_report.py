@@ -133,7 +133,7 @@ def _held_out(result: Result, cells: list[dict[str, Any]]) -> tuple[Rows, list[f
     errors, inside = [], 0
     for state in cells:
         cell = state["cell"]
-        if cell["role"] != "hold-out" or state["state"] != "done":
+        if cell["role"] != "hold-out" or state["state"] != "done" or not state["planned"]:
             continue
         loss = state["result"]["loss"]
         value, low, high = predict_run(result, cell["params"], cell["samples"]).values["loss"]
@@ -147,12 +147,13 @@ def _held_out(result: Result, cells: list[dict[str, Any]]) -> tuple[Rows, list[f
 
 
 def _noise(cells: list[dict[str, Any]], plan: dict[str, Any]) -> Rows:
-    """The scatter of log loss between seeds, of cells that differ by nothing else, beside what the plan believed."""
-    groups: dict[tuple, list[float]] = {}
+    """The scatter of log loss between seeds, of the plan's cells that differ by nothing else, beside what it believed."""
+    groups: dict[str, list[float]] = {}
     for state in cells:
         cell = state["cell"]
-        if state["state"] == "done" and cell["role"] in ("grid", "repeat"):
-            groups.setdefault((cell["size"], cell["steps"], cell["lr"]), []).append(np.log(state["result"]["loss"]))
+        if state["state"] == "done" and state["planned"] and cell["role"] in ("grid", "repeat"):
+            same = {key: value for key, value in cell["recipe"].items() if key not in ("seed", "run")}
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append(np.log(state["result"]["loss"]))
     repeated = [losses for losses in groups.values() if len(losses) > 1]
     if not repeated:
         return []
@@ -164,20 +165,24 @@ def _noise(cells: list[dict[str, Any]], plan: dict[str, Any]) -> Rows:
 
 
 def _rates(cells: list[dict[str, Any]]) -> tuple[Rows, list[bool]]:
-    """The losses of sizes that were tried at other learning rates, by rate; whether the rule's was best at each."""
-    done = [state for state in cells if state["state"] == "done" and state["planned"]]
+    """The losses of sizes that were tried at other learning rates, by rate; whether the rule's was best at each, where
+    it and another have a loss."""
+    planned = [state for state in cells if state["planned"]]
     rows: Rows = [("size", "FLOPs", "learning rate", "of the rule's", "loss")]
     best = []
-    for own in (state for state in done if state["cell"]["role"] == "grid"):
+    for own in (state for state in planned if state["cell"]["role"] == "grid"):
         key = [own["cell"][name] for name in ("size", "steps", "seed")]
-        tried = [s for s in done if s["cell"]["role"] == "probe" and [s["cell"][n] for n in ("size", "steps", "seed")] == key]
+        tried = [
+            s for s in planned if s["cell"]["role"] == "probe" and [s["cell"][n] for n in ("size", "steps", "seed")] == key
+        ]
         for state in sorted([own, *tried], key=_lr) if tried else ():
             cell = state["cell"]
             share = cell["lr"] / own["cell"]["lr"]
-            loss = state["result"]["loss"]
-            rows.append((cell["size"], f"{cell['flops']:.3g}", f"{cell['lr']:.3g}", f"{share:.3g}", f"{loss:.4f}"))
-        if tried:
-            best.append(own["result"]["loss"] <= min(state["result"]["loss"] for state in tried))
+            loss = f"{state['result']['loss']:.4f}" if state["state"] == "done" else state["state"]
+            rows.append((cell["size"], f"{cell['flops']:.3g}", f"{cell['lr']:.3g}", f"{share:.3g}", loss))
+        losses = [state["result"]["loss"] for state in tried if state["state"] == "done"]
+        if own["state"] == "done" and losses:
+            best.append(own["result"]["loss"] <= min(losses))
     return rows, best
 
 
