@@ -140,6 +140,12 @@ def test_other_learning_rates_and_seeds(tmp_path, monkeypatch):
     assert "best of those tried at 1 of 2 sizes: the law is of that rule." in summary.verdict
     (three,) = logs.values()
     assert len(three) == 3 and summary.expected[-1][2] == f"{np.std(three, ddof=1):.2g}"
+    for state in states.values():  # an earlier plan's cells, of one more row of evaluation and another loss
+        if state["cell"]["role"] == "grid":
+            cell = dict(state["cell"], id=state["cell"]["id"] + "-old")
+            states = {**states, cell["id"]: {**state, "cell": cell, "planned": False, "result": {"loss": 9.0}}}
+    write_atomically(folder / "state.json", json.dumps(states).encode())
+    assert summarise(result, folder).expected == summary.expected
     assert "Other learning rates" in "".join(sections(summary)) and "of the rule's" in "\n".join(lines(summary))
 
 
