@@ -129,7 +129,7 @@ def test_continuous_compute_has_no_budgets(count):
         analyse_isoflop(runs)
 
 
-def test_bins_of_a_tenth_are_caught(monkeypatch):
+def test_bins_of_a_tenth_are_caught():
     """The mutant: compute cut into bins of 10%, whatever it is. The exact law is then accused."""
     draw = np.random.default_rng(1)
     runs = simulated(10 ** draw.uniform(7.5, 10, 150), 10 ** draw.uniform(9, 11.5, 150))
@@ -249,3 +249,13 @@ def test_what_curves_leave_out_is_in_every_result(capsys):
         assert "isoFLOP curves of 4 budgets" in said and "1 budgets with fewer than 4 sizes" in said
         facts = dict(_facts(result.about))
         assert facts["not among them: budgets whose parabola has no minimum near the sizes"] == "1"
+
+
+def test_the_baseline_has_its_name():
+    """A miss of 4% is told beside what the last loss unchanged misses: no straight line, and the file says so too."""
+    runs = parabolas(0.5)
+    high = np.where(runs.flops > 9e19, 1.04 * runs.loss, runs.loss)
+    result = analyse_isoflop(replace(runs, loss=high), resamples=0)
+    text = {one["check"]: one["text"] for one in result.warnings}["extrapolation"]
+    assert f"a baseline ({result.extrapolation['baseline']}) by" in text and "straight" not in text
+    assert result.extrapolation["baseline"] == "the loss of the budget before it"

@@ -11,7 +11,7 @@ from scipy import stats
 
 from selfsup.scaling import law
 from selfsup.scaling.bootstrap import interval
-from selfsup.scaling.extrapolate import Extrapolation, condition_number
+from selfsup.scaling.extrapolate import BASELINE, Extrapolation, condition_number
 from selfsup.scaling.finding import Finding
 from selfsup.scaling.fit import Fitted, Problem, exponents, fit, fit_runs, predict
 from selfsup.scaling.solve import DELTA
@@ -244,10 +244,13 @@ def check_draws(
     return found
 
 
-def check_extrapolation(found: Extrapolation | None) -> list[Finding]:
-    """Held-out runs of more compute: are they foretold, and better than by a straight line?"""
+def check_extrapolation(
+    found: Extrapolation | None, baseline: str = BASELINE, nothing: str = "too few runs to hold out the largest"
+) -> list[Finding]:
+    """Held-out runs of more compute: are they foretold, and better than by the `baseline`? `nothing` says why none
+    were held out."""
     if found is None:
-        text = "too few runs to hold out the largest: nothing says how the law extrapolates"
+        text = f"{nothing}: nothing says how the law extrapolates"
         return [Finding("no extrapolation", 0, 1, text)]
     mean, most = found.mean_error, found.max_error
     if mean > 0.05:
@@ -258,8 +261,7 @@ def check_extrapolation(found: Extrapolation | None) -> list[Finding]:
         return [Finding("extrapolation", mean, 0.05, text, refuses=True)]
     if mean > max(0.02, found.baseline_mean_error):
         text = (
-            f"fitted without the largest runs, it misses them by {mean:.1%} on average; a "
-            "straight line in logarithms by "
+            f"fitted without the largest runs, it misses them by {mean:.1%} on average, a baseline ({baseline}) by "
             f"{found.baseline_mean_error:.1%}"
         )
         return [Finding("extrapolation", mean, max(0.02, found.baseline_mean_error), text)]
