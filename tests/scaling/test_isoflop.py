@@ -259,3 +259,33 @@ def test_the_baseline_has_its_name():
     text = {one["check"]: one["text"] for one in result.warnings}["extrapolation"]
     assert f"a baseline ({result.extrapolation['baseline']}) by" in text and "straight" not in text
     assert result.extrapolation["baseline"] == "the loss of the budget before it"
+
+
+def test_no_resample_with_minima_is_a_refusal(monkeypatch):
+    """Every resample lost: no draws, no interval, and the refusal says so."""
+
+    def lost(runs, found, resamples, generator):
+        return np.full((resamples, 6), np.nan), resamples
+
+    monkeypatch.setattr(isoflop_form, "resampled", lost)
+    result = analyse_isoflop(parabolas(0.5, noise=1e-3), resamples=100)
+    assert found(result)["resamples"] and result.draws == {} and result.intervals == {}
+
+
+def test_reasons_of_what_is_left_out_are_true():
+    """Without --budget: one exact budget; four of three sizes; a fifth of the runs in two budgets; a drift of 14%."""
+    few = "runs of no budget (fewer than 4 sizes within 2% of each other in FLOPs)"
+    one = simulated(*isoflop_design(budgets=1, sizes=6))
+    assert isoflop(one).skipped == {"runs of the one group of like FLOPs: two budgets are needed": 6}
+    assert isoflop(simulated(*isoflop_design(budgets=4, sizes=3))).skipped == {few: 12}
+    params, samples = isoflop_design(budgets=2, sizes=4)
+    lone = 1e9 * 2.0 ** np.arange(5, 37)
+    rare = simulated(np.append(params, lone), np.append(samples, np.full(32, 1e12)))
+    assert isoflop(rare).skipped == {
+        few: 32, "runs in groups of like FLOPs that hold under 40% of the runs: give --budget": 8
+    }  # fmt: skip
+    params, samples = isoflop_design(budgets=3, sizes=8, low=1e17)
+    drift = np.where(np.arange(24) > 15, np.exp(0.0195 * (np.arange(24) % 8)), 1.0)
+    curves = isoflop(simulated(params, samples * drift))
+    assert curves.skipped == {"runs of no budget (by steps of up to 2% their FLOPs drift by over 10%)": 8}
+    assert len(curves.profiles) == 2

@@ -181,3 +181,15 @@ def test_the_mutant_that_holds_them_out_is_caught(monkeypatch):
     monkeypatch.setattr(repeated, "REPEATING", 0)
     with pytest.raises(AssertionError):
         test_half_lives_without_repeats_foretell_nothing()
+
+
+def test_the_base_laws_parameters_are_counted():
+    """24 runs: few for the seven coefficients fitted together, enough for two half-lives over a given base law."""
+    runs, row = table(0.002), np.arange(144)
+    some = runs.take((row % 9 == 0) | (row % 18 == 1))
+    base = analyse(runs.take(runs.samples <= 1.001 * runs.unique), "chinchilla", resamples=0)
+    limits = [
+        [one["limit"] for one in analyse_repeats(some, given, resamples=0).warnings if one["check"] == "few runs"]
+        for given in (base, None)
+    ]
+    assert len(some) == 24 and limits == [[], [28]]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from scaling_tables import TRUTH, isoflop_design, simulated
-from selfsup.scaling import law
+from selfsup.scaling import check, law
+from selfsup.scaling.analyse import analyse
 from selfsup.scaling.bootstrap import bootstrap
 from selfsup.scaling.fit import exponents, fit, fit_runs, problem
 from selfsup.scaling.table import Runs
@@ -71,3 +72,17 @@ def test_resamples_are_weighted_too():
         drawn = bootstrap(task, log_loss, runs.cluster, full.solved.theta, 200, 0, row_weights=weights)
         sd.append(float(exponents("chinchilla", drawn.values)[0].std()))
     assert sd[0] < 0.8 * sd[1]
+
+
+def test_the_count_of_parameters_is_judged_at_the_users_delta(monkeypatch):
+    seen = []
+
+    def fitted(form, runs, delta):
+        seen.append(delta)
+        return fit_runs(form, runs, delta)
+
+    monkeypatch.setattr(check, "fit_runs", fitted)
+    runs, log_loss = noisy(1)
+    runs = replace(runs, loss=np.exp(log_loss[0]), also_params=runs.params)
+    analyse(runs, "chinchilla", resamples=0, delta=0.01)
+    assert seen == [0.01]

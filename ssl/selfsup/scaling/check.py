@@ -268,11 +268,11 @@ def check_extrapolation(
     return []
 
 
-def check_counting(form: str, runs: Runs, a: float) -> list[Finding]:
+def check_counting(form: str, runs: Runs, a: float, delta: float = DELTA) -> list[Finding]:
     """Fits again with parameters counted otherwise: the exponent depends on the convention (by 0.3 in nanochat)."""
     if runs.also_params is None:
         return []
-    other = float(exponents(form, fit_runs(form, replace(runs, params=runs.also_params))[0])[0])
+    other = float(exponents(form, fit_runs(form, replace(runs, params=runs.also_params), delta)[0])[0])
     if abs(other - a) <= 0.05:
         return []
     text = f"a = {a:.2f} with --params, {other:.2f} with --also-params: say which parameters are counted"

@@ -48,9 +48,9 @@ def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0) -> Result:
     if resamples:
         drawn, lost = resampled(runs, curves, resamples, np.random.default_rng(seed))
         fine = np.isfinite(drawn).all(1)
-        failed, draws = int((~fine).sum()), _named(drawn[fine])
+        failed, draws = int((~fine).sum()), _named(drawn[fine]) if fine.any() else {}
         findings += _lost(lost, failed, resamples)
-    if len(draws.get("a", ())):
+    if draws:
         findings += check_draws(draws, 0, int(runs.cluster.max()) + 1, float(runs.loss.min()))
     outside, held = _held_out(curves)
     findings += check_extrapolation(outside, LAST_LOSS) + check_own(values["a"], held)

@@ -43,7 +43,7 @@ def analyse_repeats(
     """
     refuse_scales(runs)
     _refuse(runs, base)
-    findings = check_design(runs, "repeats")
+    findings = check_design(runs, "repeats", None if base is None else len(law.REPEATS))
     if few := too_few_clusters(runs.cluster):
         findings, resamples = [*findings, *few], 0
     task, found, curves, values = _fitted(runs, base, delta)
