@@ -71,7 +71,7 @@ def law_exponent(runs: Runs) -> float | None:
     values, found = fit_runs("chinchilla", runs)
     low, high = law.EXPONENT_RANGE
     inside = all(1.01 * low < values[name] < 0.99 * high for name in ("alpha", "beta"))
-    known = condition_number(problem("chinchilla", runs), found.solved.theta[0]) <= 3000
+    known = condition_number(problem("chinchilla", runs), found.solved.theta[0], runs.weights) <= 3000
     if not (inside and known and found.solved.converged[0]):
         return None
     return growth_of_size(
