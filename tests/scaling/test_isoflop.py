@@ -159,6 +159,7 @@ def test_epochs_table_has_budgets():
     runs = epoch()
     curves = isoflop(runs)
     assert len(curves.profiles) == 12 and sum(len(rows) for rows in curves.rows) == 110
+    assert sum(p.at_edge or p.outside for p in curves.profiles) == 4
     assert "approaches" not in found(analyse(runs, "chinchilla", resamples=0))
 
 
