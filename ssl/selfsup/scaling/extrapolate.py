@@ -67,7 +67,7 @@ def errors_on(
     """
     share, chance = target.weights / target.weights.sum(), 0.0
     if target.sigma is not None:
-        noise = share * target.sigma
+        noise = np.bincount(target.cluster, share * target.sigma)  # rows of one run are taken to miss together
         chance = float((2 / np.pi) ** 0.5 * noise.sum() + 3 * ((1 - 2 / np.pi) * (noise**2).sum()) ** 0.5)
     error, baseline = np.abs(predicted / target.loss - 1), np.abs(naive / target.loss - 1)
     reach = float(getattr(target, axis).max() / getattr(fitted, axis).max())
