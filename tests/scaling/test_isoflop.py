@@ -129,7 +129,7 @@ def test_continuous_compute_has_no_budgets(count):
         analyse_isoflop(runs)
 
 
-def test_bins_of_a_tenth_are_caught(monkeypatch):
+def test_bins_of_a_tenth_are_caught():
     """The mutant: compute cut into bins of 10%, whatever it is. The exact law is then accused."""
     draw = np.random.default_rng(1)
     runs = simulated(10 ** draw.uniform(7.5, 10, 150), 10 ** draw.uniform(9, 11.5, 150))
@@ -159,6 +159,7 @@ def test_epochs_table_has_budgets():
     runs = epoch()
     curves = isoflop(runs)
     assert len(curves.profiles) == 12 and sum(len(rows) for rows in curves.rows) == 110
+    assert sum(p.at_edge or p.outside for p in curves.profiles) == 4
     assert "approaches" not in found(analyse(runs, "chinchilla", resamples=0))
 
 
@@ -249,3 +250,43 @@ def test_what_curves_leave_out_is_in_every_result(capsys):
         assert "isoFLOP curves of 4 budgets" in said and "1 budgets with fewer than 4 sizes" in said
         facts = dict(_facts(result.about))
         assert facts["not among them: budgets whose parabola has no minimum near the sizes"] == "1"
+
+
+def test_the_baseline_has_its_name():
+    """A miss of 4% is told beside what the last loss unchanged misses: no straight line, and the file says so too."""
+    runs = parabolas(0.5)
+    high = np.where(runs.flops > 9e19, 1.04 * runs.loss, runs.loss)
+    result = analyse_isoflop(replace(runs, loss=high), resamples=0)
+    text = {one["check"]: one["text"] for one in result.warnings}["extrapolation"]
+    assert f"a baseline ({result.extrapolation['baseline']}) by" in text and "straight" not in text
+    assert result.extrapolation["baseline"] == "the loss of the budget before it"
+
+
+def test_no_resample_with_minima_is_a_refusal(monkeypatch):
+    """Every resample lost: no draws, no interval, and the refusal says so."""
+
+    def lost(runs, found, resamples, generator):
+        return np.full((resamples, 6), np.nan), resamples
+
+    monkeypatch.setattr(isoflop_form, "resampled", lost)
+    result = analyse_isoflop(parabolas(0.5, noise=1e-3), resamples=100)
+    assert found(result)["resamples"] and result.draws == {} and result.intervals == {}
+
+
+def test_reasons_of_what_is_left_out_are_true():
+    """Without --budget: one exact budget; four of three sizes; a fifth of the runs in two budgets; a drift of 14%."""
+    few = "runs of no budget (fewer than 4 sizes within 2% of each other in FLOPs)"
+    one = simulated(*isoflop_design(budgets=1, sizes=6))
+    assert isoflop(one).skipped == {"runs of the one group of like FLOPs: two budgets are needed": 6}
+    assert isoflop(simulated(*isoflop_design(budgets=4, sizes=3))).skipped == {few: 12}
+    params, samples = isoflop_design(budgets=2, sizes=4)
+    lone = 1e9 * 2.0 ** np.arange(5, 37)
+    rare = simulated(np.append(params, lone), np.append(samples, np.full(32, 1e12)))
+    assert isoflop(rare).skipped == {
+        few: 32, "runs in groups of like FLOPs that hold under 40% of the runs: give --budget": 8
+    }  # fmt: skip
+    params, samples = isoflop_design(budgets=3, sizes=8, low=1e17)
+    drift = np.where(np.arange(24) > 15, np.exp(0.0195 * (np.arange(24) % 8)), 1.0)
+    curves = isoflop(simulated(params, samples * drift))
+    assert curves.skipped == {"runs of no budget (by steps of up to 2% their FLOPs drift by over 10%)": 8}
+    assert len(curves.profiles) == 2

@@ -152,3 +152,44 @@ def test_starts_are_ranked_at_the_given_threshold():
         start = repeats_problem(runs, TRUTH, delta).begin(log_loss[None], np.ones((1, len(runs))), 1)[0, 0]
         assert start == pytest.approx(best[-1])
     assert best[0] != best[1]
+
+
+def repeats_are_the_largest(seed=0) -> Runs:
+    """20 runs of one epoch, and the 5 largest, which read their data eight times."""
+    params = np.repeat(np.geomspace(1e8, 3e9, 5), 4)
+    unique = np.append(params * np.tile([5.0, 15.0, 40.0, 100.0], 5), np.full(5, 6e10))
+    params = np.append(params, np.geomspace(3e9, 6e9, 5))
+    samples = unique * np.repeat([1.0, 8.0], [20, 5])
+    loss = law.repeats(TRUTH, 15.0, 5.0, params, samples, unique)
+    loss = loss * np.exp(0.001 * np.random.default_rng(seed).standard_normal(25))
+    lines = np.arange(25)
+    return Runs(params, samples, 6 * params * samples, loss, lines, lines, unique=unique)
+
+
+def test_half_lives_without_repeats_foretell_nothing():
+    """The runs that are held out are the only ones that repeat data: what is left says nothing of R_D."""
+    runs = repeats_are_the_largest()
+    base = analyse(runs.take(runs.samples <= runs.unique), "chinchilla", resamples=0)
+    result = analyse_repeats(runs, base, resamples=0)
+    assert result.extrapolation is None and not result.refused
+    said = {one["check"]: one["text"] for one in result.warnings}
+    assert "fewer than 3 that repeat data" in said["no extrapolation"]
+
+
+def test_the_mutant_that_holds_them_out_is_caught(monkeypatch):
+    """And the mutant: half-lives fitted on runs of one epoch. The right law is refused."""
+    monkeypatch.setattr(repeated, "REPEATING", 0)
+    with pytest.raises(AssertionError):
+        test_half_lives_without_repeats_foretell_nothing()
+
+
+def test_the_base_laws_parameters_are_counted():
+    """24 runs: few for the seven coefficients fitted together, enough for two half-lives over a given base law."""
+    runs, row = table(0.002), np.arange(144)
+    some = runs.take((row % 9 == 0) | (row % 18 == 1))
+    base = analyse(runs.take(runs.samples <= 1.001 * runs.unique), "chinchilla", resamples=0)
+    limits = [
+        [one["limit"] for one in analyse_repeats(some, given, resamples=0).warnings if one["check"] == "few runs"]
+        for given in (base, None)
+    ]
+    assert len(some) == 24 and limits == [[], [28]]

@@ -43,7 +43,7 @@ def analyse(runs: Runs, form: str, resamples: int = 1000, seed: int = 0, delta: 
     curves = isoflop(runs)
     growth = growth_of_size(form, values, float(runs.flops.min()), float(runs.flops.max()), runs.cost)
     findings += check_isoflop(curves, growth, runs, own=False)
-    findings += check_counting(form, runs, a)
+    findings += check_counting(form, runs, a, delta)
     facts = {
         "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
         "starts": found.tried, "starts_agreed": int(found.agreed[0]), "steps": int(found.solved.steps[0]),

@@ -16,6 +16,7 @@ from selfsup.scaling.solve import DELTA
 from selfsup.scaling.table import Runs
 
 STARTS = 32
+POWER_LAW = "a power law of the axis, least squares"
 
 
 def analyse_broken(
@@ -42,7 +43,7 @@ def analyse_broken(
         findings += check_draws(spread, unconverged, clusters, float(runs.loss.min()))
         findings += _loose_break(draws)
     outside = _held_out(runs, delta)
-    findings += check_extrapolation(outside)
+    findings += check_extrapolation(outside, POWER_LAW)
     facts = {
         "axis": axis, "delta": delta, "resamples": resamples, "unconverged": unconverged, "seed": seed,
         "starts": found.tried, "starts_agreed": int(found.agreed[0]),
@@ -50,7 +51,7 @@ def analyse_broken(
     }  # fmt: skip
     return make_result(
         "bnsl", runs, values, {}, float(found.solved.objective[0]), findings, draws,
-        extrapolation_json(outside, "a power law of the axis, least squares"), {"x": float(runs.samples.max())}, facts,
+        extrapolation_json(outside, POWER_LAW), {"x": float(runs.samples.max())}, facts,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from selfsup.scaling import law
 from selfsup.scaling.bootstrap import interval
-from selfsup.scaling.extrapolate import Extrapolation, condition_number
+from selfsup.scaling.extrapolate import BASELINE, Extrapolation, condition_number
 from selfsup.scaling.finding import Finding
 from selfsup.scaling.fit import Fitted, Problem, exponents, fit, fit_runs, predict
 from selfsup.scaling.solve import DELTA
@@ -30,7 +30,7 @@ def check_fit(
     return [
         *check_convergence(found),
         *_bounds(form, runs, values),
-        *_condition(task, found),
+        *_condition(task, found, runs.weights),
         *check_trends(runs, task.model(found.solved.theta)[1][0].T, residual),
         *_outliers(runs, residual),
         *_same_run(runs, residual),
@@ -48,7 +48,7 @@ def check_repeats(
     return [
         *check_convergence(found),
         *_bounds("chinchilla", runs, values),
-        *_condition(base, found),
+        *_condition(base, found, np.ones(len(runs))),
         *check_trends(runs, task.model(found.solved.theta)[1][0].T, residual),
         *_outliers(runs, residual),
         *_same_run(runs, residual),
@@ -99,8 +99,8 @@ def _bounds(form: str, runs: Runs, values: Mapping[str, float]) -> list[Finding]
     return found
 
 
-def _condition(task: Problem, found: Fitted) -> list[Finding]:
-    number = condition_number(task, found.solved.theta[0])
+def _condition(task: Problem, found: Fitted, weights: np.ndarray) -> list[Finding]:
+    number = condition_number(task, found.solved.theta[0], weights)
     if number < 300:
         return []
     text = f"the law's gradient has condition number {number:.3g} (300 or more): some mixtures of coefficients are free"
@@ -110,16 +110,16 @@ def _condition(task: Problem, found: Fitted) -> list[Finding]:
 def _outliers(runs: Runs, residual: np.ndarray) -> list[Finding]:
     scale = 1.4826 * float(np.median(np.abs(residual) * runs.weights))
     size = np.abs(residual)
-    far = (size * runs.weights > 10 * scale) & (size > 0.02)
+    far = (size * runs.weights > 10 * scale) & (size > 0.02)  # standard deviations: of a row of weight one
     if not far.any():
         return []
     lines = ", ".join(str(line) for line in runs.line[far][:6])
     text = (
         f"{int(far.sum())} rows lie more than 10 robust standard deviations ({scale:.2%}) off the "
-        f"law, up to {size.max():.1%} "
+        f"law, up to {size[far].max():.1%} "
         f"(lines {lines}): diverged, or of another setting?"
     )
-    return [Finding("outliers", float(size.max() / max(scale, 1e-12)), 10, text)]
+    return [Finding("outliers", float((size * runs.weights)[far].max() / max(scale, 1e-12)), 10, text)]
 
 
 def _same_run(runs: Runs, residual: np.ndarray) -> list[Finding]:
@@ -244,33 +244,41 @@ def check_draws(
     return found
 
 
-def check_extrapolation(found: Extrapolation | None) -> list[Finding]:
-    """Held-out runs of more compute: are they foretold, and better than by a straight line?"""
+def check_extrapolation(
+    found: Extrapolation | None, baseline: str = BASELINE, nothing: str = "too few runs to hold out the largest"
+) -> list[Finding]:
+    """Held-out runs of more compute: are they foretold, and better than by the `baseline`? `nothing` says why none
+    were held out."""
     if found is None:
-        text = "too few runs to hold out the largest: nothing says how the law extrapolates"
+        text = f"{nothing}: nothing says how the law extrapolates"
         return [Finding("no extrapolation", 0, 1, text)]
-    mean, most = found.mean_error, found.max_error
+    mean, most, chance = found.mean_error, found.max_error, found.chance_error
+    if 0.05 < mean <= chance:
+        text = (
+            f"fitted without the largest runs, it misses them by {mean:.1%} on average; by --sigma their noise alone can "
+            f"give {chance:.1%}: nothing says how the law extrapolates"
+        )
+        return [Finding("no extrapolation", mean, 0.05, text)]
     if mean > 0.05:
         text = (
             f"fitted without the largest runs, it misses them by {mean:.1%} on average, "
             f"{most:.1%} at most (5% at most wanted)"
         )
         return [Finding("extrapolation", mean, 0.05, text, refuses=True)]
-    if mean > max(0.02, found.baseline_mean_error):
+    if mean > max(0.02, chance, found.baseline_mean_error):
         text = (
-            f"fitted without the largest runs, it misses them by {mean:.1%} on average; a "
-            "straight line in logarithms by "
+            f"fitted without the largest runs, it misses them by {mean:.1%} on average, a baseline ({baseline}) by "
             f"{found.baseline_mean_error:.1%}"
         )
-        return [Finding("extrapolation", mean, max(0.02, found.baseline_mean_error), text)]
+        return [Finding("extrapolation", mean, max(0.02, chance, found.baseline_mean_error), text)]
     return []
 
 
-def check_counting(form: str, runs: Runs, a: float) -> list[Finding]:
+def check_counting(form: str, runs: Runs, a: float, delta: float = DELTA) -> list[Finding]:
     """Fits again with parameters counted otherwise: the exponent depends on the convention (by 0.3 in nanochat)."""
     if runs.also_params is None:
         return []
-    other = float(exponents(form, fit_runs(form, replace(runs, params=runs.also_params))[0])[0])
+    other = float(exponents(form, fit_runs(form, replace(runs, params=runs.also_params), delta)[0])[0])
     if abs(other - a) <= 0.05:
         return []
     text = f"a = {a:.2f} with --params, {other:.2f} with --also-params: say which parameters are counted"

@@ -9,19 +9,21 @@ from selfsup.scaling.table import Runs, same_cell
 
 SHORT_STEPS = 600
 WARMUP_SHARE = 0.2
-PARAMETERS = {"chinchilla": 5, "tied": 4, "kaplan": 4, "repeats": 2}
+PARAMETERS = {"chinchilla": 5, "tied": 4, "kaplan": 4, "repeats": 7}
 
 
-def check_design(runs: Runs, form: str) -> list[Finding]:
-    """Too few runs or sizes, one ratio of data to parameters, repeats, short runs, compute off target, noise."""
-    found = [*_counts(runs, form), *_ratio(runs), *_repeated(runs, form), *_short(runs), *_target(runs)]
+def check_design(runs: Runs, form: str, parameters: int | None = None) -> list[Finding]:
+    """Too few runs or sizes, one ratio of data to parameters, repeats, short runs, compute off target, noise.
+
+    `parameters` are those that are fitted, where some of the form's are given.
+    """
+    found = [*_counts(runs, parameters or PARAMETERS[form]), *_ratio(runs), *_repeated(runs, form), *_short(runs), *_target(runs)]
     found += _flops(runs)
     found += _seeds(runs)
     return found
 
 
-def _counts(runs: Runs, form: str) -> list[Finding]:
-    parameters = PARAMETERS[form]
+def _counts(runs: Runs, parameters: int) -> list[Finding]:
     clusters, found = int(runs.cluster.max()) + 1, []
     what = "runs (clusters)" if runs.clustered else "runs"
     if clusters <= parameters:

@@ -14,7 +14,8 @@ HELD_OUT = 0.2
 
 
 class Extrapolation(NamedTuple):
-    """Relative errors of the loss, 0.01 is 1%; `reach` is the largest compute over the largest fitted."""
+    """Relative errors of the loss, 0.01 is 1%, means by the rows' weights; `reach` is the largest compute over the
+    largest fitted, `chance_error` what measured noise alone gives as the mean at most (3 standard deviations)."""
 
     fitted: int
     held_out: int
@@ -24,6 +25,7 @@ class Extrapolation(NamedTuple):
     max_error: float
     baseline_mean_error: float
     baseline_max_error: float
+    chance_error: float = 0.0
 
 
 BASELINE = "log loss linear in log N and log D (a power law without an irreducible part), least squares"
@@ -59,12 +61,19 @@ def errors_on(
     fitted: Runs, target: Runs, predicted: Float[np.ndarray, " n"], naive: Float[np.ndarray, " n"],
     axis: str = "flops",
 ) -> Extrapolation:  # fmt: skip
-    """Errors of a law and of a naive baseline on the runs held out; `axis` is what they are larger in."""
+    """Errors of a law and of a naive baseline on the runs held out; `axis` is what they are larger in.
+
+    Of normal noise of standard deviation sigma |error| is sqrt(2 / pi) sigma, give or take sqrt(1 - 2 / pi) sigma.
+    """
+    share, chance = target.weights / target.weights.sum(), 0.0
+    if target.sigma is not None:
+        noise = np.bincount(target.cluster, share * target.sigma)  # rows of one run are taken to miss together
+        chance = float((2 / np.pi) ** 0.5 * noise.sum() + 3 * ((1 - 2 / np.pi) * (noise**2).sum()) ** 0.5)
     error, baseline = np.abs(predicted / target.loss - 1), np.abs(naive / target.loss - 1)
     reach = float(getattr(target, axis).max() / getattr(fitted, axis).max())
     return Extrapolation(
-        len(fitted), len(target), float(fitted.flops.max()), reach, float(error.mean()), float(error.max()),
-        float(baseline.mean()), float(baseline.max()),
+        len(fitted), len(target), float(fitted.flops.max()), reach, float(share @ error), float(error.max()),
+        float(share @ baseline), float(baseline.max()), chance,
     )  # fmt: skip
 
 
@@ -81,13 +90,13 @@ def _baseline(fitted: Runs, target: Runs) -> Float[np.ndarray, " n"]:
     return np.exp(columns(target) @ slopes)
 
 
-def condition_number(task: Problem, theta: Float[np.ndarray, " p"]) -> float:
-    """Of the law's gradient on these runs, each parameter in units of its own effect (columns of length one).
+def condition_number(task: Problem, theta: Float[np.ndarray, " p"], weights: Float[np.ndarray, " n"]) -> float:
+    """Of the law's weighted gradient on these runs, each parameter in units of its own effect (columns of length one).
 
     1e16 where a parameter has no effect. About 1e3 already means that some mixture of the parameters is
     known a thousand times worse than another.
     """
-    J = task.model(theta[None])[1][0].T
+    J = task.model(theta[None])[1][0].T * weights[:, None]
     length = np.linalg.norm(J, axis=0)
     if (length <= 1e-12 * length.max()).any():
         return 1e16

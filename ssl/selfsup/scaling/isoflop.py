@@ -64,22 +64,38 @@ def budgets(runs: Runs) -> tuple[Float[np.ndarray, " k"], Int[np.ndarray, " n"]]
     if runs.budget is not None:
         values, codes = np.unique(runs.budget, return_inverse=True)
         return values, codes.astype(np.int64)
-    order = np.argsort(runs.flops, kind="stable")
-    log_c = np.log(runs.flops[order])
-    groups = np.split(order, np.flatnonzero(np.diff(log_c) > GAP) + 1)
-    groups = [
-        rows
-        for rows in groups
-        if np.ptp(np.log(runs.flops[rows])) <= WIDEST and len(np.unique(runs.params[rows])) >= MIN_SIZES
-    ]
+    groups, _ = _groups(runs)
     codes = np.full(len(runs), -1, dtype=np.int64)
-    rank = np.arange(len(runs)) + 1
-    near, far = (int((np.searchsorted(log_c, log_c + h, "right") - rank).sum()) for h in (0.03, 0.3))
-    if len(groups) < 2 or sum(map(len, groups)) < PART * len(runs) or 10 * near < CROWDED * far:
-        return np.empty(0), codes
     for code, rows in enumerate(groups):
         codes[rows] = code
     return np.array([np.exp(np.log(runs.flops[rows]).mean()) for rows in groups]), codes
+
+
+def _groups(runs: Runs) -> tuple[list[np.ndarray], dict[str, int]]:
+    """Rows of each budget that `budgets` finds by gaps, and how many rows are in none, by the reason."""
+    order = np.argsort(runs.flops, kind="stable")
+    log_c, rank = np.log(runs.flops[order]), np.arange(len(runs)) + 1
+    near, far = (int((np.searchsorted(log_c, log_c + h, "right") - rank).sum()) for h in (0.03, 0.3))
+    if 10 * near < CROWDED * far:
+        return [], {"runs: their FLOPs vary continuously, and no --budget groups them": len(runs)}
+    groups, left = [], {}
+    for rows in np.split(order, np.flatnonzero(np.diff(log_c) > GAP) + 1):
+        if len(np.unique(runs.params[rows])) < MIN_SIZES:
+            reason = f"runs of no budget (fewer than {MIN_SIZES} sizes within {GAP:.0%} of each other in FLOPs)"
+        elif np.ptp(np.log(runs.flops[rows])) > WIDEST:
+            reason = f"runs of no budget (by steps of up to {GAP:.0%} their FLOPs drift by over {WIDEST:.0%})"
+        else:
+            groups.append(rows)
+            continue
+        left[reason] = left.get(reason, 0) + len(rows)
+    held = sum(map(len, groups))
+    if len(groups) == 1:
+        return [], {**left, "runs of the one group of like FLOPs: two budgets are needed": held}
+    if held < PART * len(runs):
+        if held:
+            left[f"runs in groups of like FLOPs that hold under {PART:.0%} of the runs: give --budget"] = held
+        return [], left
+    return groups, left
 
 
 def isoflop(runs: Runs, within: float = np.inf) -> Isoflop:
@@ -88,12 +104,8 @@ def isoflop(runs: Runs, within: float = np.inf) -> Isoflop:
     `within` keeps of each budget the sizes within that factor of the lowest one.
     """
     values, codes = budgets(runs)
-    found, used, skipped = [], [], {}
-    lone = int((codes < 0).sum())
-    if lone == len(runs):
-        skipped["runs: their FLOPs vary continuously, and no --budget groups them"] = lone
-    elif lone:
-        skipped["runs of no budget (fewer than 4 sizes within 2% of each other in FLOPs)"] = lone
+    found, used = [], []
+    skipped = {} if runs.budget is not None else _groups(runs)[1]
     for code, budget in enumerate(values):
         rows = np.flatnonzero(codes == code)
         if np.isfinite(within):

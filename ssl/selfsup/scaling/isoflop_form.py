@@ -19,6 +19,7 @@ from selfsup.scaling.result import Result
 from selfsup.scaling.table import Runs
 
 NAMES = ("N0", "a", "D0", "b", "L0", "c")
+LAST_LOSS = "the loss of the budget before it"
 MIN_RUNS = 4
 """Runs (clusters) that a budget needs for an interval: a parabola takes three."""
 
@@ -47,12 +48,12 @@ def analyse_isoflop(runs: Runs, resamples: int = 1000, seed: int = 0) -> Result:
     if resamples:
         drawn, lost = resampled(runs, curves, resamples, np.random.default_rng(seed))
         fine = np.isfinite(drawn).all(1)
-        failed, draws = int((~fine).sum()), _named(drawn[fine])
+        failed, draws = int((~fine).sum()), _named(drawn[fine]) if fine.any() else {}
         findings += _lost(lost, failed, resamples)
-    if len(draws.get("a", ())):
+    if draws:
         findings += check_draws(draws, 0, int(runs.cluster.max()) + 1, float(runs.loss.min()))
     outside, held = _held_out(curves)
-    findings += check_extrapolation(outside) + check_own(values["a"], held)
+    findings += check_extrapolation(outside, LAST_LOSS) + check_own(values["a"], held)
     facts = {
         "resamples": resamples, "unconverged": failed, "seed": seed, "isoflop": isoflop_facts(curves),
         "other_a": {"Akima": float(curves.akima[1]), "the law of N and D": other},
@@ -70,7 +71,7 @@ def law_exponent(runs: Runs) -> float | None:
     values, found = fit_runs("chinchilla", runs)
     low, high = law.EXPONENT_RANGE
     inside = all(1.01 * low < values[name] < 0.99 * high for name in ("alpha", "beta"))
-    known = condition_number(problem("chinchilla", runs), found.solved.theta[0]) <= 3000
+    known = condition_number(problem("chinchilla", runs), found.solved.theta[0], runs.weights) <= 3000
     if not (inside and known and found.solved.converged[0]):
         return None
     return growth_of_size(
@@ -118,6 +119,6 @@ def _held_out(curves: Isoflop) -> tuple[Extrapolation | None, dict[str, Any] | N
     outside = Extrapolation(len(fewer), 1, fewer[-1].budget, reach, error, error, baseline, baseline)
     return outside, {
         **outside._asdict(), "error_of": "the loss at the optimum of the largest budget",
-        "baseline": "the loss of the budget before it", "size_factor": max(size, 1 / size),
+        "baseline": LAST_LOSS, "size_factor": max(size, 1 / size),
         "size_baseline_factor": float(np.exp(abs(np.log(fewer[-1].parabola * reach**0.5 / last.parabola)))),
     }  # fmt: skip

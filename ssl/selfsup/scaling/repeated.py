@@ -28,6 +28,10 @@ from selfsup.scaling.table import Runs
 
 ONE_EPOCH_RUNS = 10
 """Runs of one epoch that a base law wants, where none is given."""
+REPEATING = 3
+"""Rows that repeat data, among those fitted, that half-lives want: with none R_D is anything, and foretells nothing."""
+NAIVE = "the base law, repeats counted as fresh data"
+NOTHING_HELD_OUT = f"without the largest runs too few are left to fit, or fewer than {REPEATING} that repeat data"
 
 
 def analyse_repeats(
@@ -39,7 +43,7 @@ def analyse_repeats(
     """
     refuse_scales(runs)
     _refuse(runs, base)
-    findings = check_design(runs, "repeats")
+    findings = check_design(runs, "repeats", None if base is None else len(law.REPEATS))
     if few := too_few_clusters(runs.cluster):
         findings, resamples = [*findings, *few], 0
     task, found, curves, values = _fitted(runs, base, delta)
@@ -55,7 +59,7 @@ def analyse_repeats(
         draws, unconverged = _repeats_draws(runs, task, found, base, values, resamples, seed, delta)
         findings += check_draws(draws, unconverged, int(runs.cluster.max()) + 1, float(runs.loss.min()))
     outside = _repeats_held_out(runs, base, delta)
-    findings += check_extrapolation(outside)
+    findings += check_extrapolation(outside, NAIVE, NOTHING_HELD_OUT)
     a, b = (float(value) for value in exponents("chinchilla", values))
     held = base is not None and not base.draws  # a base law that does not vary has no interval
     moving = {name: drawn for name, drawn in draws.items() if name in law.REPEATS or not held}
@@ -65,7 +69,7 @@ def analyse_repeats(
     }  # fmt: skip
     return make_result(
         "repeats", runs, values, {"a": a, "b": b}, float(found.solved.objective[0]), findings, draws,
-        extrapolation_json(outside, "the base law, repeats counted as fresh data"),
+        extrapolation_json(outside, NAIVE),
         largest_run(runs, ("params", "samples", "unique")), facts, ends=_open(intervals(moving, LEVEL)),
     )  # fmt: skip
 
@@ -173,10 +177,14 @@ def _open(found: dict[str, Any]) -> dict[str, list[float | None]]:
 
 
 def _repeats_held_out(runs: Runs, base: Result | None, delta: float) -> Extrapolation | None:
-    """Base law and half-lives (or half-lives over a given base) without the largest runs, which they then predict."""
+    """Base law and half-lives (or half-lives over a given base) without the largest runs, which they then predict.
+
+    None where too few runs are left to fit, or where the largest runs are those that repeat data.
+    """
     largest = held_out_runs(runs)
     fitted, target = runs.take(~largest), runs.take(largest)
-    if len(fitted) < (8 if base is None else 3):
+    assert fitted.unique is not None
+    if len(fitted) < (8 if base is None else 3) or (fitted.samples > FRESH * fitted.unique).sum() < REPEATING:
         return None
     if base is None:
         if not base_laws(fitted, delta):
