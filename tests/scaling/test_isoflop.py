@@ -143,14 +143,14 @@ def test_budgets_are_found_without_their_column():
     params, samples = isoflop_design(budgets=4, sizes=6)
     off = np.exp(0.009 * np.random.default_rng(0).uniform(-1, 1, 24))
     for data in (samples, samples * off):
-        values, codes = budgets(simulated(params, data))
+        values, codes, _ = budgets(simulated(params, data))
         assert len(values) == 4 and (codes == np.repeat(np.arange(4), 6)).all()
     more = simulated(np.append(params, 1e9), np.append(samples, 1e12))
     assert isoflop(more).skipped == {
         "runs of no budget (fewer than 4 sizes within 2% of each other in FLOPs)": 1
     }
     powers = 2.0 ** np.arange(8)
-    values, codes = budgets(simulated(np.repeat(powers, 8) * 1e7, np.tile(powers, 8) * 1e9))
+    values, codes, _ = budgets(simulated(np.repeat(powers, 8) * 1e7, np.tile(powers, 8) * 1e9))
     assert len(values) == 9 and (codes >= 0).mean() > PART
 
 

@@ -116,8 +116,7 @@ def _runs(options: FitOptions) -> tuple[Runs, list[Finding]]:
     """The rows to fit, and what their selection found. The one axis of a bnsl law stands in `samples`."""
     columns = {item.name: getattr(options, item.name) for item in fields(Columns)}
     if options.form == "bnsl":
-        axis = options.params or options.samples or options.flops
-        columns |= {"params": None, "samples": axis, "flops": None}
+        columns |= {"params": None, "samples": _axis(options), "flops": None}
     runs = read_table(options.table, Columns(**columns), options.where, options.flops_per)
     if options.drop_highest:
         runs = _without_highest(runs, options.drop_highest)
@@ -132,12 +131,16 @@ def _analysed(runs: Runs, options: FitOptions) -> Result:
             base = None if options.base is None else read_result(options.base)
             return analyse_repeats(runs, base, resamples, seed, delta)
         case "bnsl":
-            axis = options.params or options.samples or options.flops or ""
-            return analyse_broken(runs, axis, resamples, seed, delta)
+            return analyse_broken(runs, _axis(options), resamples, seed, delta)
         case "isoflop":
             return analyse_isoflop(runs, resamples, seed)
         case _:
             return analyse(runs, options.form, resamples, seed, delta)
+
+
+def _axis(options: FitOptions) -> str:
+    """The one column of a bnsl law."""
+    return options.params or options.samples or options.flops or ""
 
 
 def _numbers(options: FitOptions) -> None:

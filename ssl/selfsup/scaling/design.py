@@ -1,7 +1,7 @@
 """Doubts about a table that need no fit: what the runs cannot tell, whatever law is fitted."""
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 
 from selfsup.scaling.finding import Finding
 from selfsup.scaling.isoflop import isoflop
@@ -161,17 +161,22 @@ def seed_spread(runs: Runs) -> tuple[float, int]:
     """The pooled standard deviation of losses of repeated cells (N, D, distinct data and rate within 1%), and its
     degrees of freedom."""
     cell = same_cell(runs.params, runs.samples, runs.unique, runs.lr)
-    count = np.bincount(cell)
-    mean = np.bincount(cell, runs.loss) / count
+    return pooled_spread(runs.loss, cell)
+
+
+def pooled_spread(values: Float[np.ndarray, " n"], group: Int[np.ndarray, " n"]) -> tuple[float, int]:
+    """The standard deviation within groups (0, 1, ...), pooled, and its degrees of freedom: nan, 0 where none has two."""
+    count = np.bincount(group)
+    mean = np.bincount(group, values) / count
     freedom = int((count - 1).sum())
-    squares = float(((runs.loss - mean[cell]) ** 2).sum())
+    squares = float(((values - mean[group]) ** 2).sum())
     return (float(np.sqrt(squares / freedom)), freedom) if freedom else (float("nan"), 0)
 
 
 def _seeds(runs: Runs) -> list[Finding]:
     spread, freedom = seed_spread(runs)
-    depths = [profile.depth for profile in isoflop(runs).profiles]
-    if not freedom or not depths:
+    depths = [profile.depth for profile in isoflop(runs).profiles] if freedom else []
+    if not depths:
         return []
     depth = float(np.median(depths))
     share = spread / depth

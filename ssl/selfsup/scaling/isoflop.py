@@ -55,20 +55,21 @@ class Isoflop(NamedTuple):
     akima: np.ndarray
 
 
-def budgets(runs: Runs) -> tuple[Float[np.ndarray, " k"], Int[np.ndarray, " n"]]:
-    """The budgets and each run's, -1 where it has none: by the budget column, else by gaps in log C.
+def budgets(runs: Runs) -> tuple[Float[np.ndarray, " k"], Int[np.ndarray, " n"], dict[str, int]]:
+    """The budgets and each run's, -1 where it has none, and how many have none by reason: by the budget column, else by
+    gaps in log C.
 
     Without the column a budget is a narrow group of at least four sizes (GAP, WIDEST), and the table as a whole must
     look like budgets (PART, CROWDED): there are none where compute varies continuously.
     """
     if runs.budget is not None:
         values, codes = np.unique(runs.budget, return_inverse=True)
-        return values, codes.astype(np.int64)
-    groups, _ = _groups(runs)
+        return values, codes.astype(np.int64), {}
+    groups, left = _groups(runs)
     codes = np.full(len(runs), -1, dtype=np.int64)
     for code, rows in enumerate(groups):
         codes[rows] = code
-    return np.array([np.exp(np.log(runs.flops[rows]).mean()) for rows in groups]), codes
+    return np.array([np.exp(np.log(runs.flops[rows]).mean()) for rows in groups]), codes, left
 
 
 def _groups(runs: Runs) -> tuple[list[np.ndarray], dict[str, int]]:
@@ -103,9 +104,8 @@ def isoflop(runs: Runs, within: float = np.inf) -> Isoflop:
 
     `within` keeps of each budget the sizes within that factor of the lowest one.
     """
-    values, codes = budgets(runs)
+    values, codes, skipped = budgets(runs)
     found, used = [], []
-    skipped = {} if runs.budget is not None else _groups(runs)[1]
     for code, budget in enumerate(values):
         rows = np.flatnonzero(codes == code)
         if np.isfinite(within):
@@ -171,7 +171,7 @@ def power_laws(
     nan optima are left out; all nan where fewer than two are left.
     """
     weight = np.isfinite(log_n).astype(np.float64)
-    lines = [data_line(profile) for profile in profiles]
+    lines = [power_law(profile.params, profile.samples) for profile in profiles]  # D against N along a budget
     x = np.log([profile.budget for profile in profiles])[:, None]
     slope, height = np.array(lines).reshape(-1, 2).T[:, :, None]
     parts = []
@@ -184,12 +184,6 @@ def power_laws(
             power = (weight * (x - centre) * y).sum(0) / spread
             parts += [(weight * y).sum(0) / total - power * centre, power]
     return np.stack(parts, axis=1)
-
-
-def data_line(profile: Profile) -> tuple[float, float]:
-    """(slope, height) of the straight line of log D against log N through a budget's runs."""
-    slope, height = np.polyfit(np.log(profile.params), np.log(profile.samples), 1)
-    return float(slope), float(height)
 
 
 def resampled(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from selfsup.scaling.cost import Cost
+from selfsup.scaling.design import pooled_spread
 from selfsup.scaling.predict import predict_run
 from selfsup.scaling.report import html_table
 from selfsup.scaling.result import Result
@@ -148,17 +149,16 @@ def _held_out(result: Result, cells: list[dict[str, Any]]) -> tuple[Rows, list[f
 
 def _noise(cells: list[dict[str, Any]], plan: dict[str, Any]) -> Rows:
     """The scatter of log loss between seeds, of the plan's cells that differ by nothing else, beside what it believed."""
-    groups: dict[str, list[float]] = {}
+    names, losses = [], []
     for state in cells:
         cell = state["cell"]
         if state["state"] == "done" and state["planned"] and cell["role"] in ("grid", "repeat"):
             same = {key: value for key, value in cell["recipe"].items() if key not in ("seed", "run")}
-            groups.setdefault(json.dumps(same, sort_keys=True), []).append(np.log(state["result"]["loss"]))
-    repeated = [losses for losses in groups.values() if len(losses) > 1]
-    if not repeated:
+            names.append(json.dumps(same, sort_keys=True))
+            losses.append(state["result"]["loss"])
+    found, freedom = pooled_spread(np.log(losses), np.unique(names, return_inverse=True)[1])
+    if not freedom:
         return []
-    freedom = sum(len(losses) - 1 for losses in repeated)
-    found = float(np.sqrt(sum(np.var(losses) * len(losses) for losses in repeated) / freedom))
     believed = plan["expected"]["noise"]
     name = f"noise of log loss ({freedom} degrees of freedom)"
     return [(name, f"{believed:g}", f"{found:.2g}", f"{found / believed:.2g}")]
